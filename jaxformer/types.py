@@ -11,7 +11,7 @@ This file imports no jax, so that data workers start fast; its tuples are jax py
 | K      | key/value heads   | W      | beams or samples per row    |
 | H      | head dimension    | R      | B*W, a batch of all beams   |
 
-They are those of `jax.nn.dot_product_attention`, the same in signatures and (lower case) in einsums.
+They are those of `jax.nn.dot_product_attention`: the same in signatures and (lower case) einsums.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ Array: TypeAlias = Any
 """A numpy or jax array: a `Batch` is numpy in the data pipeline and jax inside a step."""
 
 NOWHERE = int(np.iinfo(np.int32).max)
-"""The position of padding and of empty cache slots: later than every query, so never attended to."""
+"""Position of padding and of empty cache slots: after every query, so never attended to."""
 
 
 class Tokens(NamedTuple):
@@ -39,8 +39,8 @@ class Tokens(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One training batch. An encoder-decoder has both sides, a decoder-only model `target`, an encoder
-    `source`; `labels` and `weights` belong to the side that predicts."""
+    """One training batch. An encoder-decoder has both sides, a decoder-only model `target`, an
+    encoder `source`; `labels` and `weights` belong to the side that predicts."""
 
     source: Tokens | None
     target: Tokens | None
