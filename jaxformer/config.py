@@ -457,7 +457,7 @@ def from_json(kind: type[Config], text: str, where: str = "config") -> Config:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value`, parsed from JSON, as an instance of the annotated type `kind`."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
         hints = typing.get_type_hints(kind)
         for key in value:

@@ -1,0 +1,180 @@
+"""The one decoding loop: process the logits, let the strategy choose, write, step the model.
+
+The loop knows the model as a step function and never reorders its cache: the step is told which
+hypothesis each one continues, and does what it must.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int, Key
+
+from jaxformer.decoding.processors import Processor
+
+
+class Finish(IntEnum):
+    """Why a hypothesis ended."""
+
+    EOS = 0
+    """It reached its end of sequence."""
+    LIMIT = 1
+    """It reached its row's limit."""
+    DEAD_END = 2
+    """Every next token was forbidden, or no further hypothesis exists."""
+
+
+class Decoded(NamedTuple):
+    """N hypotheses per row, best first; dead ends last."""
+
+    tokens: Int[Array, "B N T"]
+    """Padding follows the end of sequence."""
+    score: Float[Array, "B N"]
+    """What they are ranked by: length-normalised in beam search, else `log_prob`."""
+    log_prob: Float[Array, "B N"]
+    """Log-probability under the model, before any processor."""
+    length: Int[Array, "B N"]
+    """Tokens generated, the end of sequence included."""
+    finish: Int[Array, "B N"]
+    """A `Finish`."""
+
+
+class DecodeState(NamedTuple):
+    """Everything one step changes, for W hypotheses in each row."""
+
+    t: Int[Array, ""]
+    tokens: Int[Array, "B W T"]
+    logits: Float[Array, "B W V"]
+    log_prob: Float[Array, "B W"]
+    length: Int[Array, "B W"]
+    finish: Int[Array, "B W"]
+    done: Bool[Array, "B W"]
+    cache: Any
+    processor: Any
+    strategy: Any
+    limit: Int[Array, " B"]
+    eos_id: Int[Array, ""]
+    keys: Key[Array, " B"]
+
+
+class Choice(NamedTuple):
+    """One token for each hypothesis."""
+
+    parent: Int[Array, "B W"] | None
+    """The hypothesis each one continues; None if each continues itself."""
+    token: Int[Array, "B W"]
+    log_prob: Float[Array, "B W"]
+    """Of the whole hypothesis, this token included, under the model."""
+    stop: Bool[Array, "B W"]
+    """Nothing was chosen: the hypothesis ends as it stands."""
+    state: Any
+    """The strategy's own."""
+
+
+class Strategy(NamedTuple):
+    """How tokens are chosen, from `width` hypotheses in each row."""
+
+    width: int
+    init: Callable[[Array, Array], Any]
+    """(tokens "B W T", limit "B") -> the strategy's own state."""
+    choose: Callable[[DecodeState, Array], Choice]
+    """(state, processed logits "B W V") -> choice."""
+    finish: Callable[[DecodeState], Decoded]
+
+
+class Step(Protocol):
+    """The model: feed one token per hypothesis, get the logits of the next."""
+
+    def __call__(
+        self,
+        cache: Any,
+        tokens: Int[Array, "B W"],
+        parent: Int[Array, "B W"] | None,
+        t: Int[Array, ""],
+        /,
+    ) -> tuple[Float[Array, "B W V"], Any]: ...
+
+
+def decode(
+    step: Step,
+    logits: Float[Array, "B V"],
+    cache: Any,
+    strategy: Strategy,
+    processor: Processor,
+    *,
+    length: int,
+    limit: Int[Array, " B"],
+    eos_id: int | Int[Array, ""],
+    pad_id: int | Int[Array, ""],
+    keys: Key[Array, " B"],
+    chunk: int = 8,
+) -> Decoded:
+    """Generate at most `length` (at least 1) tokens after prompts whose last logits are given.
+
+    A row stops at its own `limit`, and draws only from its own key, so that its samples do not
+    depend on its batch. All rows are checked for their end once in `chunk` steps.
+    """
+    rows, vocabulary = logits.shape
+    width = strategy.width
+    chunk = -(-length // -(-length // chunk))  # as few steps past the end as this many chunks allow
+    columns = -(-length // chunk) * chunk
+    limit = jnp.minimum(limit, length).astype(jnp.int32)
+    tokens = jnp.full((rows, width, columns), pad_id, jnp.int32)
+
+    def body(state: DecodeState, _) -> tuple[DecodeState, None]:
+        choice = strategy.choose(state, processor.apply(state.logits, state.processor))
+        old = gather(
+            (state.tokens, state.log_prob, state.length, state.finish, state.done, state.processor),
+            choice.parent,
+        )
+        tokens, log_prob, count, finish, done, processed = old
+        idle = done | choice.stop
+        token = jnp.where(idle, pad_id, choice.token).astype(jnp.int32)
+        ended = ~idle & (choice.token == state.eos_id)
+        finish = jnp.where(ended, Finish.EOS, finish)
+        next_logits, cache = step(state.cache, token, choice.parent, state.t)
+        return state._replace(
+            t=state.t + 1,
+            tokens=jax.lax.dynamic_update_index_in_dim(tokens, token, state.t, 2),
+            logits=next_logits.astype(jnp.float32),
+            log_prob=jnp.where(idle, log_prob, choice.log_prob),
+            length=jnp.where(idle, count, count + 1),
+            finish=jnp.where(choice.stop & ~done, Finish.DEAD_END, finish).astype(jnp.int32),
+            done=idle | ended | (state.t + 1 >= limit)[:, None],
+            cache=cache,
+            processor=processor.update(processed, token),
+            strategy=choice.state,
+        ), None
+
+    state = DecodeState(
+        t=jnp.int32(0),
+        tokens=tokens,
+        logits=jnp.broadcast_to(logits[:, None], (rows, width, vocabulary)).astype(jnp.float32),
+        log_prob=jnp.zeros((rows, width), jnp.float32),
+        length=jnp.zeros((rows, width), jnp.int32),
+        finish=jnp.full((rows, width), Finish.LIMIT, jnp.int32),
+        done=jnp.broadcast_to(limit[:, None] <= 0, (rows, width)),
+        cache=cache,
+        processor=processor.init(rows, width),
+        strategy=strategy.init(tokens, limit),
+        limit=limit,
+        eos_id=jnp.int32(eos_id),
+        keys=keys,
+    )
+    state = jax.lax.while_loop(
+        lambda state: ~state.done.all(),
+        lambda state: jax.lax.scan(body, state, length=chunk)[0],
+        state,
+    )
+    decoded = strategy.finish(state)
+    return decoded._replace(tokens=decoded.tokens[..., :length])
+
+
+def gather(tree: Any, parent: Int[Array, "B W"] | None) -> Any:
+    """Let the leaves "B W ..." follow their parents; None moves nothing."""
+    if parent is None:
+        return tree
+    return jax.tree.map(lambda x: jax.vmap(lambda row, at: row[at])(x, parent), tree)

@@ -1,0 +1,152 @@
+"""Processors change the logits before a token is chosen: truncate, forbid, constrain.
+
+A processor is three pure functions over a state of its own, whose leaves are "B W ..." and follow
+their hypothesis through the search. A forbidden token has logit -inf. Every number may be traced:
+another temperature compiles nothing anew.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxformer.decoding.select import argmax
+
+
+class Processor(NamedTuple):
+    """What happens to the logits "B W V" of each next token."""
+
+    init: Callable[[int, int], Any]
+    """(B, W) -> state before the first token."""
+    apply: Callable[[Array, Any], Array]
+    """(logits, state) -> logits."""
+    update: Callable[[Any, Array], Any]
+    """(state, token "B W") -> state after that token."""
+
+
+def chain(*parts: Processor) -> Processor:
+    """Apply processors in the order given; none at all leaves the logits as they are."""
+
+    def apply(logits, states):
+        for part, state in zip(parts, states, strict=True):
+            logits = part.apply(logits, state)
+        return logits
+
+    return Processor(
+        lambda b, w: tuple(part.init(b, w) for part in parts),
+        apply,
+        lambda states, token: tuple(
+            part.update(state, token) for part, state in zip(parts, states, strict=True)
+        ),
+    )
+
+
+def stateless(function: Callable[[Array], Array]) -> Processor:
+    """A processor that needs only the logits."""
+    return Processor(lambda b, w: (), lambda logits, _: function(logits), lambda state, _: state)
+
+
+def temperature(t: float | Float[Array, ""]) -> Processor:
+    """Divide the logits by t, measured from the largest; 0 keeps the most likely token alone."""
+
+    def apply(logits):
+        top = logits.max(-1, keepdims=True)
+        top = jnp.where(top > -jnp.inf, top, 0.0)  # a dead end stays -inf, not NaN
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        best = jnp.where(ids == argmax(logits)[..., None], logits, -jnp.inf)
+        # From the largest, so that a tiny t cannot overflow and the best token keeps its logit.
+        scaled = top + (logits - top) / jnp.where(t > 0, t, 1.0)
+        return jnp.where(t > 0, scaled, best)
+
+    return stateless(apply)
+
+
+def top_k(k: int | Int[Array, ""]) -> Processor:
+    """Keep the k most likely tokens, of equal ones those with the lowest ids; 0 keeps all.
+
+    Fan et al., 2018.
+    """
+
+    def apply(logits):
+        size = logits.shape[-1]
+        count = jnp.where(k > 0, jnp.minimum(k, size), size)
+        return _keep(logits, _falling(logits), jnp.full((*logits.shape[:-1], 1), count))
+
+    return stateless(apply)
+
+
+def top_p(p: float | Float[Array, ""]) -> Processor:
+    """Keep the fewest tokens whose probabilities reach p, the one that crosses included.
+
+    1 keeps all; of equally likely tokens those with the lowest ids are kept. Holtzman et al., 2020.
+    """
+
+    def apply(logits):
+        ordered = _falling(logits)
+        probability = jax.nn.softmax(ordered, -1)
+        before = jnp.cumsum(probability, -1) - probability
+        count = jnp.maximum((before < p).sum(-1, keepdims=True), 1)
+        # A rounded sum may reach 1 before the last token.
+        return _keep(logits, ordered, jnp.where(p >= 1, logits.shape[-1], count))
+
+    return stateless(apply)
+
+
+def min_p(p: float | Float[Array, ""]) -> Processor:
+    """Keep tokens at least p times as likely as the most likely one; 0 keeps all.
+
+    Nguyen et al., 2024.
+    """
+
+    def apply(logits):
+        floor = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype))
+        return jnp.where(logits >= floor, logits, -jnp.inf)
+
+    return stateless(apply)
+
+
+def ban(mask: Bool[Array, " V"]) -> Processor:
+    """Forbid every token whose mask is true."""
+    return stateless(lambda logits: jnp.where(mask[None, None], -jnp.inf, logits))
+
+
+def min_length(least: int | Int[Array, ""], eos_id: int | Int[Array, ""]) -> Processor:
+    """Forbid the end of sequence until `least` tokens stand before it."""
+
+    def apply(logits, length):
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        early = (length < least)[..., None] & (ids == eos_id)
+        return jnp.where(early, -jnp.inf, logits)
+
+    return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda length, _: length + 1)
+
+
+def automaton(following: Int[Array, "S V"]) -> Processor:
+    """Accept only what a finite automaton accepts: `following[state, token]`, -1 if forbidden.
+
+    Decoding starts in state 0.
+    """
+
+    # A finished hypothesis is fed padding, which may lead to -1; nothing reads its state again.
+    return Processor(
+        lambda b, w: jnp.zeros((b, w), jnp.int32),
+        lambda logits, state: jnp.where(following[state] >= 0, logits, -jnp.inf),
+        lambda state, token: following[state, token].astype(jnp.int32),
+    )
+
+
+def _falling(logits: Float[Array, "B W V"]) -> Float[Array, "B W V"]:
+    return -jnp.sort(-logits, -1)
+
+
+def _keep(
+    logits: Float[Array, "B W V"], ordered: Float[Array, "B W V"], count: Int[Array, "B W 1"]
+) -> Float[Array, "B W V"]:
+    """Keep the `count` largest, given the logits in falling order; ties go to the lowest ids."""
+    last = jnp.take_along_axis(ordered, count - 1, -1)
+    above, level = logits > last, logits == last
+    room = count - above.sum(-1, keepdims=True)
+    return jnp.where(above | (level & (jnp.cumsum(level, -1) <= room)), logits, -jnp.inf)

@@ -1,0 +1,130 @@
+"""Strategies choose: the most likely token, a random one, or the best of many continuations."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxformer.decoding.loop import Choice, Decoded, DecodeState, Finish, Strategy, gather
+from jaxformer.decoding.select import argmax, top_k
+
+NEG = float(np.finfo(np.float32).min) / 2
+"""Score of what does not exist: below every real score, and finite."""
+
+
+def greedy() -> Strategy:
+    """The most likely token at every step, of equal ones the lowest id."""
+    return Strategy(1, _no_state, lambda state, logits: _pick(state, logits, logits), _ranked)
+
+
+def sample(n: int) -> Strategy:
+    """n independent samples per row from the processed distribution."""
+
+    def choose(state, logits):
+        def noise(key, i):
+            key = jax.random.fold_in(jax.random.fold_in(key, state.t), i)
+            return jax.random.gumbel(key, logits.shape[-1:])
+
+        every = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
+        return _pick(state, logits, logits + every(state.keys, jnp.arange(n)))
+
+    return Strategy(n, _no_state, choose, _ranked)
+
+
+def beam(
+    width: int, alpha: float | Float[Array, ""], norm: Literal["wu", "plain"] = "wu"
+) -> Strategy:
+    """Beam search with a pool of finished hypotheses and an exact early stop.
+
+    A hypothesis of n tokens scores its log-probability over ((5 + n) / 6) ** alpha ("wu", Wu et
+    al., 2016) or over n ** alpha ("plain"). Each row keeps its `width` best finished hypotheses,
+    and stops when no live one can still enter them. The probability of a forbidden token is not
+    shared out among the others, and a processor may only lower logits here. Where fewer than
+    `width` hypotheses exist, the rest are empty dead ends.
+    """
+    # A beam of 1 has no second choice, so it ends where greedy does, whatever alpha is.
+    wanted = 2 * width if width > 1 else 1
+
+    def penalty(n: Int[Array, "..."]) -> Float[Array, "..."]:
+        n = n.astype(jnp.float32)
+        # Clipped so that no alpha overflows.
+        return jnp.exp(jnp.clip(alpha * jnp.log((5 + n) / 6 if norm == "wu" else n), -60.0, 60.0))
+
+    def init(tokens, limit):
+        shape = tokens.shape[:2]
+        first = jnp.broadcast_to(jnp.arange(width) == 0, shape)
+        # A row that may generate nothing has one hypothesis, the empty one.
+        empty = first & (limit == 0)[:, None]
+        score = jnp.where(empty, 0.0, NEG)
+        finish = jnp.where(empty, Finish.LIMIT, Finish.DEAD_END).astype(jnp.int32)
+        pool = Decoded(tokens, score, score, jnp.zeros(shape, jnp.int32), finish)
+        return jnp.where(first, 0.0, NEG), pool
+
+    def choose(state, logits):
+        live, pool = state.strategy
+        rows, _, vocabulary = logits.shape
+        k = min(wanted, vocabulary)
+
+        # The best continuations of each beam: log-softmax keeps their order, so it can wait.
+        values, token = top_k(logits, k)  # B W k
+        total = jax.nn.logsumexp(state.logits, -1, keepdims=True)
+        log_prob = jnp.take_along_axis(state.logits, token, -1) - total + state.log_prob[..., None]
+        exists = (live > NEG)[..., None] & ~state.done[..., None] & (values > -jnp.inf)
+        score = jnp.where(exists, values - total + live[..., None], NEG)
+
+        # The best of the row.
+        score, best = top_k(score.reshape(rows, -1), min(wanted, width * k))
+        parent = best // k
+        token, log_prob = gather((token.reshape(rows, -1), log_prob.reshape(rows, -1)), best)
+        eos = token == state.eos_id
+        last = (state.t + 1 >= state.limit)[:, None]
+
+        # Finished ones enter the pool.
+        enters = (eos | last) & (score > NEG)
+        tokens = jax.lax.dynamic_update_index_in_dim(
+            gather(state.tokens, parent), token, state.t, 2
+        )
+        finished = Decoded(
+            tokens,
+            jnp.where(enters, score / penalty(state.t + 1), NEG),
+            log_prob,
+            jnp.full_like(token, state.t + 1),
+            jnp.where(eos, Finish.EOS, Finish.LIMIT).astype(jnp.int32),
+        )
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), pool, finished)
+        _, best = jax.lax.top_k(both.score, width)
+        pool = gather(both, best)
+
+        # The others live on, until even the kindest length cannot lift them over the pool's worst.
+        live, best = jax.lax.top_k(jnp.where(eos | last, NEG, score), width)
+        parent, token, log_prob = gather((parent, token, log_prob), best)
+        kindest = jnp.maximum(penalty(state.t + 1), penalty(state.limit))
+        stop = (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
+        return Choice(
+            parent, token, log_prob, jnp.broadcast_to(stop[:, None], token.shape), (live, pool)
+        )
+
+    return Strategy(width, init, choose, lambda state: state.strategy[1])
+
+
+def _no_state(tokens: Int[Array, "B W T"], limit: Int[Array, " B"]) -> tuple[()]:
+    return ()
+
+
+def _pick(
+    state: DecodeState, logits: Float[Array, "B W V"], preference: Float[Array, "B W V"]
+) -> Choice:
+    token = argmax(preference)
+    of_token = jnp.take_along_axis(state.logits, token[..., None], -1)[..., 0]
+    log_prob = state.log_prob + of_token - jax.nn.logsumexp(state.logits, -1)
+    return Choice(None, token, log_prob, ~(logits > -jnp.inf).any(-1), state.strategy)
+
+
+def _ranked(state: DecodeState) -> Decoded:
+    dead = state.finish == Finish.DEAD_END
+    order = jnp.lexsort((-state.log_prob, dead))
+    decoded = Decoded(state.tokens, state.log_prob, state.log_prob, state.length, state.finish)
+    return gather(decoded, order)

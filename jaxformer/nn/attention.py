@@ -1,0 +1,69 @@
+"""Attention, to itself or to the encoder's output, with or without a cache."""
+
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from jaxformer.config import ModelConfig
+from jaxformer.nn import functional as f
+from jaxformer.nn.cache import KV, write
+from jaxformer.nn.layers import Linear, Norm, constrain
+from jaxformer.nn.positions import rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `x` to `memory` (itself, in self-attention), or to the cache.
+
+    Memory given: its keys and values are projected, and written to the cache if there is one, at
+    `slot`. Memory absent: they are read from the cache alone. `rotations` are the cosines and
+    sines of rotary positions, if the model has them.
+    """
+
+    config: ModelConfig
+    deterministic: bool
+    out_gain: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B S D"] | None,
+        mask: Bool[Array, "#B T S"],
+        bias: Float[Array, "#B N T S"] | None = None,
+        rotations: tuple[Array, Array] | None = None,
+        kv: KV | None = None,
+        slot: Array | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        cfg = self.config
+        d, h = (cfg.d_model,), cfg.dim_per_head
+        axes = ("embed", "heads", "head_dim")
+        kv_axes = ("embed", "kv_heads", "head_dim")
+
+        # Whatever the attention scale, logits start the same: the initial queries make up for it.
+        gain = h**-0.5 / cfg.query_scale
+        query = Linear(cfg, d, (cfg.n_heads, h), axes, cfg.qkv_bias, gain, name="query")(x)
+        if cfg.qk_norm:
+            query = Norm(cfg, kind="rms", axis="head_dim", name="query_norm")(query)
+        if rotations is not None:
+            query = rotate(query, *rotations)
+        query = constrain(query * cfg.query_scale, "batch", "length", "heads", "head_dim")
+
+        if memory is not None:
+            shape = (cfg.kv_heads, h)
+            key = Linear(cfg, d, shape, kv_axes, cfg.qkv_bias, name="key")(memory)
+            value = Linear(cfg, d, shape, kv_axes, cfg.qkv_bias, name="value")(memory)
+            if cfg.qk_norm:
+                key = Norm(cfg, kind="rms", axis="head_dim", name="key_norm")(key)
+            if rotations is not None:
+                key = rotate(key, *rotations)
+            key = constrain(key, "batch", "length", "kv_heads", "head_dim")
+            value = constrain(value, "batch", "length", "kv_heads", "head_dim")
+            kv = KV(key, value) if kv is None else write(kv, key, value, slot)
+        if kv is None:
+            raise ValueError("attention has neither a memory nor a cache to read it from")
+
+        drop = nn.Dropout(cfg.attention_dropout, deterministic=self.deterministic)
+        y = f.attend(query, kv.k, kv.v, mask, bias, cap=cfg.attention_softcap, drop=drop)
+        out = Linear(
+            cfg, (cfg.n_heads, h), d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out"
+        )
+        return out(y), kv

@@ -1,0 +1,90 @@
+"""The static-shape cache of keys and values: a pytree that goes in and comes out.
+
+All rows write at one slot while each row keeps its own positions, so ragged prompts need no
+special care. A step decodes W hypotheses of each row side by side, as W queries: the prompt's slots
+are shared by all, and every step adds W slots. Keys and values never move when hypotheses change
+parents; only `seen` does, the small table of which slots lie in whose history.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer.config import ModelConfig
+from jaxformer.types import NOWHERE
+
+
+class KV(NamedTuple):
+    """Keys and values of one attention layer."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Cache(NamedTuple):
+    """What a decoder remembers: for each layer its own keys and values and those of the memory,
+    and what stands in each slot. `filled` is how many slots are, the
+    next one free."""
+
+    own: tuple[KV, ...]
+    cross: tuple[KV, ...]
+    cross_seg: Int[Array, "B S"] | None
+    pos: Int[Array, "B S"]
+    seen: Bool[Array, "B W S"] | None
+    filled: Int[Array, ""]
+
+
+def init_cache(config: ModelConfig, rows: int, slots: int, memory_length: int = 0) -> Cache:
+    """An empty cache of `slots` slots (prompt length + steps * hypotheses) for `rows` rows.
+
+    `memory_length` is the length of the encoder's output, if there is one.
+    """
+
+    def kv(length: int) -> tuple[KV, ...]:
+        shape = (rows, length, config.kv_heads, config.dim_per_head)
+        zeros = jnp.zeros(shape, config.compute_dtype)
+        return (KV(zeros, zeros),) * config.n_decoder_layers
+
+    crossed = config.n_encoder_layers > 0
+    return Cache(
+        own=kv(slots),
+        cross=kv(memory_length) if crossed else (),
+        cross_seg=jnp.zeros((rows, memory_length), jnp.int32) if crossed else None,
+        pos=jnp.full((rows, slots), NOWHERE, jnp.int32),
+        seen=None,
+        filled=jnp.int32(0),
+    )
+
+
+def write(kv: KV, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Array | int) -> KV:
+    """`kv` with `k` and `v` in the slots from `at` on."""
+    start = (0, at, 0, 0)
+    return KV(
+        jax.lax.dynamic_update_slice(kv.k, k.astype(kv.k.dtype), start),
+        jax.lax.dynamic_update_slice(kv.v, v.astype(kv.v.dtype), start),
+    )
+
+
+def share_prompt(cache: Cache, width: int) -> Cache:
+    """The cache after the prompt, whose slots all `width` hypotheses of a row have seen."""
+    if width == 1:
+        return cache
+    rows, slots = cache.pos.shape
+    seen = jnp.broadcast_to((cache.pos != NOWHERE)[:, None], (rows, width, slots))
+    return cache._replace(seen=seen)
+
+
+def follow(cache: Cache, parent: Int[Array, "B W"] | None) -> Cache:
+    """The cache before a step in which each hypothesis continues `parent` (None: itself).
+
+    Each takes over the history of its parent, and adds the slot that it is about to write.
+    """
+    if cache.seen is None:
+        return cache
+    seen, width = cache.seen, cache.seen.shape[1]
+    if parent is not None:
+        seen = jnp.take_along_axis(seen, parent[:, :, None], axis=1)
+    own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (seen.shape[0], width, width))
+    return cache._replace(seen=jax.lax.dynamic_update_slice(seen, own, (0, 0, cache.filled)))

@@ -1,0 +1,104 @@
+"""The mathematics of a layer, as plain functions on arrays."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e9
+"""Logit of what may not be attended to: finite, so that a row with nothing to see is no NaN."""
+
+
+def layer_norm(
+    x: Float[Array, "... D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"] | None,
+    eps: float,
+) -> Float[Array, "... D"]:
+    """Layer normalisation, computed in float32 (Ba et al. 2016)."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float
+) -> Float[Array, "... D"]:
+    """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale
+    return y.astype(x.dtype)
+
+
+def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Squash `x` smoothly into (-cap, cap): cap * tanh(x / cap); a cap of 0 leaves it.
+
+    >>> float(softcap(jnp.array(1e6), 30.0))
+    30.0
+    """
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def attention_mask(
+    q_pos: Int[Array, "#B T"],
+    kv_pos: Int[Array, "#B S"],
+    q_seg: Int[Array, "#B T"] | None = None,
+    kv_seg: Int[Array, "#B S"] | None = None,
+    *,
+    causal: bool = True,
+    window: int = 0,
+) -> Bool[Array, "#B T S"]:
+    """Which keys each query may attend to, from positions alone.
+
+    Causal: none later than itself, which also hides padding and empty cache slots, whose position
+    is later than all. Segments: only keys of the query's own. Window: only keys nearer than
+    `window` positions; 0 is no limit.
+
+    >>> pos = jnp.arange(3)[None]
+    >>> attention_mask(pos, pos, window=2)[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    q, kv = q_pos[:, :, None], kv_pos[:, None, :]
+    allowed = q >= kv if causal else jnp.ones((1, q.shape[1], kv.shape[2]), bool)
+    if q_seg is not None and kv_seg is not None:
+        allowed &= q_seg[:, :, None] == kv_seg[:, None, :]
+    if window:
+        allowed &= jnp.abs(q - kv) < window
+    return allowed
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    cap: float = 0.0,
+    drop: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention with N / K query heads to each key head; `query` comes scaled.
+
+    Logits and softmax are float32 whatever the inputs. `drop` is applied to the weights.
+    Multi-head: Vaswani et al. 2017, equation 1; grouped: Ainslie et al. 2023.
+    """
+    b, t, n, h = query.shape
+    k = key.shape[2]
+    q = query.reshape(b, t, k, n // k, h)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, key, preferred_element_type=jnp.float32)
+    logits = softcap(logits, cap)
+    if bias is not None:
+        logits = logits + bias.reshape(bias.shape[0], k, n // k, *bias.shape[2:])
+    logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)

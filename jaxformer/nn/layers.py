@@ -1,0 +1,141 @@
+"""The parts that hold parameters: Linear, Embed, Norm, MLP. Each names its axes for sharding."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
+from jaxtyping import Array, Float, Int
+
+from jaxformer.config import ModelConfig
+from jaxformer.nn import functional as f
+
+Initializer = Callable[..., Any]
+
+
+def named(init: Initializer, axes: tuple[str, ...]) -> Initializer:
+    """`init`, its result labelled with the logical names of its axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """Ask that `x` be sharded along these logical axes; outside a mesh it is a no-op."""
+    return with_logical_constraint(x, axes)
+
+
+def kernel_init(config: ModelConfig, n_in: int, n_out: int, gain: float) -> Initializer:
+    """The configured initialiser of a kernel whose first n_in axes are contracted, times `gain`."""
+    fans = dict(in_axis=tuple(range(n_in)), out_axis=tuple(range(n_in, n_in + n_out)))
+    scaling = jax.nn.initializers.variance_scaling
+    init: Initializer = {
+        "normal": jax.nn.initializers.normal(config.init_std),
+        "truncated_normal": jax.nn.initializers.truncated_normal(config.init_std),
+        "xavier": scaling(1.0, "fan_avg", "uniform", **fans),
+        "lecun": scaling(1.0, "fan_in", "normal", **fans),
+    }[config.initializer]
+    return lambda *args: gain * init(*args)
+
+
+class Linear(nn.Module):
+    """Contract the last axes of x with the first of a kernel, and add a bias and a LoRA if there.
+
+    The kernel has shape `d_in` + `d_out` and axis names `axes`. With adapters it is W + s A B,
+    s = lora_alpha / lora_rank, where B starts at zero (Hu et al. 2022, equation 3).
+    """
+
+    config: ModelConfig
+    d_in: tuple[int, ...]
+    d_out: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        cfg, n_in = self.config, len(self.d_in)
+        dtype, param_dtype = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.param_dtype)
+        init = kernel_init(cfg, n_in, len(self.d_out), self.gain)
+        kernel = self.param("kernel", named(init, self.axes), self.d_in + self.d_out, param_dtype)
+        x = x.astype(dtype)
+        y = jnp.tensordot(x, kernel.astype(dtype), n_in)
+        if cfg.lora_rank and self.name in cfg.lora_targets:
+            rank = (cfg.lora_rank,)
+            std = 1 / math.sqrt(math.prod(self.d_in))
+            a_init = named(jax.nn.initializers.normal(std), (*self.axes[:n_in], "lora"))
+            b_init = named(jax.nn.initializers.zeros, ("lora", *self.axes[n_in:]))
+            a = self.param("lora_a", a_init, self.d_in + rank, param_dtype)
+            b = self.param("lora_b", b_init, rank + self.d_out, param_dtype)
+            delta = jnp.tensordot(jnp.tensordot(x, a.astype(dtype), n_in), b.astype(dtype), 1)
+            y = y + (cfg.lora_alpha / cfg.lora_rank) * delta
+        if self.bias:
+            zeros = named(jax.nn.initializers.zeros, self.axes[n_in:])
+            y = y + self.param("bias", zeros, self.d_out, param_dtype).astype(dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """A table of vectors, looked up by id, or used as the output head."""
+
+    config: ModelConfig
+    size: int
+    axis: str
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = named(jax.nn.initializers.normal(cfg.embed_init_std), (self.axis, "embed"))
+        shape = (self.size, cfg.d_model)
+        self.embedding = self.param("embedding", init, shape, jnp.dtype(cfg.param_dtype))
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.config.compute_dtype)
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of `x` against every row of the table, in float32."""
+        table = self.embedding.astype(self.config.compute_dtype)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, as configured."""
+
+    config: ModelConfig
+    kind: str = ""
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        cfg = self.config
+        dtype, shape = jnp.dtype(cfg.param_dtype), x.shape[-1:]
+        scale = self.param("scale", named(jax.nn.initializers.ones, (self.axis,)), shape, dtype)
+        if (self.kind or cfg.norm) == "rms":
+            return f.rms_norm(x, scale, cfg.norm_eps)
+        bias = None
+        if cfg.norm_bias:
+            bias = self.param("bias", named(jax.nn.initializers.zeros, (self.axis,)), shape, dtype)
+        return f.layer_norm(x, scale, bias, cfg.norm_eps)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer, gated or not (Vaswani et al. 2017; Shazeer 2020)."""
+
+    config: ModelConfig
+    deterministic: bool
+    out_gain: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        cfg = self.config
+        d, ff = (cfg.d_model,), (cfg.d_ff,)
+        axes = ("embed", "mlp")
+        up = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="up")(x)
+        if cfg.gated:
+            gate = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="gate")(x)
+            y = f.ACTIVATIONS[cfg.activation](gate) * up
+        else:
+            y = f.ACTIVATIONS[cfg.activation](up)
+        y = constrain(y, "batch", "length", "mlp")
+        y = nn.Dropout(cfg.mlp_dropout)(y, deterministic=self.deterministic)
+        return Linear(cfg, ff, d, axes[::-1], cfg.mlp_bias, self.out_gain, name="down")(y)

@@ -1,0 +1,111 @@
+"""Where arrays live: one table from logical axes to mesh axes, and what follows from it.
+
+Data, fully sharded and tensor parallelism are shapes of the mesh, not code.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxformer.config import MeshConfig, ModelConfig
+from jaxformer.errors import ConfigError
+from jaxformer.types import Batch
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+    ("length", None),
+    ("head_dim", None),
+    ("lora", None),
+    ("buckets", None),
+    ("types", None),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices (or those given); `ConfigError` if they do not fit its shape."""
+    devices = jax.devices() if devices is None else devices
+    rest = config.fsdp * config.tensor
+    data = max(len(devices) // rest, 1) if config.data == -1 else config.data
+    if data * rest != len(devices):
+        raise ConfigError(
+            f"mesh data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} takes "
+            f"{data * rest} devices, but there are {len(devices)}; change the mesh, or leave "
+            "mesh.data at -1."
+        )
+    shape = (data, config.fsdp, config.tensor)
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_fits(config: ModelConfig, mesh: Mesh) -> None:
+    """Raise a `ConfigError` naming every dimension the mesh does not divide, and what would fit."""
+    wrong = []
+    for axis, sizes in {
+        "tensor": {
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.kv_heads,
+            "d_ff": config.d_ff,
+            "vocab_size": config.vocab_size,
+        },
+        "fsdp": {"d_model": config.d_model},
+    }.items():
+        parts = mesh.shape[axis]
+        for name, size in sizes.items():
+            if size % parts:
+                fits = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
+                wrong.append(
+                    f"model.{name} {size} is not a multiple of mesh.{axis} {parts} "
+                    f"(mesh.{axis} could be {', '.join(map(str, fits))}; "
+                    f"or {name} {-(-size // parts) * parts})"
+                )
+    if wrong:
+        raise ConfigError("the mesh does not divide the model:\n  " + "\n  ".join(wrong))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shardings_for(boxed: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of an abstract tree whose leaves carry logical axis names.
+
+    Leaves without names (a step counter, a key) are replicated.
+    """
+    return logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of anything whose first axis is the rows of a batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows of a numpy batch as global arrays, their rows cut over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Within it, jitted functions see the mesh and modules' logical axes mean something."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield

@@ -1,0 +1,138 @@
+"""Beam search against greedy, brute force, and a plain search that never stops early."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_decoder import EOS, compiled, hypotheses, lengthen, sequences, toy
+
+from jaxformer.decoding.loop import Finish
+from jaxformer.decoding.processors import ban
+from jaxformer.decoding.strategies import beam, greedy
+
+seeds = st.integers(0, 2**32 - 1)
+alphas = st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 3.0])
+norms = pytest.mark.parametrize("norm", ["wu", "plain"])
+
+
+def search(model, row, width, length, alpha, norm):
+    """Beam search on lists, to the full length: (score, tokens) of the pool, best first."""
+    live, pool = [(0.0, ())], []
+    for t in range(length):
+        scored = [
+            (score + step, (*tokens, token))
+            for score, tokens in live
+            for token, step in enumerate(model.next(row, tokens))
+        ]
+        scored = sorted(scored, reverse=True)[: 2 * width]
+        ends = [tokens[-1] == EOS or t + 1 == length for _, tokens in scored]
+        pool += [
+            (score / lengthen(t + 1, alpha, norm), tokens)
+            for (score, tokens), end in zip(scored, ends, strict=True)
+            if end
+        ]
+        pool = sorted(pool, reverse=True)[:width]
+        live = [hypothesis for hypothesis, end in zip(scored, ends, strict=True) if not end][:width]
+    return pool
+
+
+@norms
+@given(seeds, alphas, st.sampled_from([-1.0, 0.0, 2.0]))
+@settings(max_examples=25, deadline=None)
+def test_a_beam_of_one_is_greedy(norm, seed, alpha, eos):
+    model = toy(seed, eos=eos)
+    for row in range(2):
+        [(tokens, _, log_prob, finish)] = hypotheses(compiled("beam", 1, norm)(model, alpha), row)
+        [(wanted, _, wanted_log_prob, wanted_finish)] = hypotheses(
+            compiled("greedy")(model, alpha), row
+        )
+        assert (tokens, finish) == (wanted, wanted_finish)
+        np.testing.assert_allclose(log_prob, wanted_log_prob, rtol=1e-5)
+
+
+@norms
+@given(seeds, alphas)
+@settings(max_examples=20, deadline=None)
+def test_a_wide_beam_is_brute_force(norm, seed, alpha):
+    model = toy(seed, vocabulary=4, eos=0.5)
+    decoded = compiled("beam", 27, norm)(model, alpha)  # 27 prefixes live at the last step
+    for row in range(2):
+        ranked = sorted(
+            (model.log_prob(row, tokens) / lengthen(len(tokens), alpha, norm), tokens)
+            for tokens in sequences(4, 4)
+        )[::-1][:27]
+        found = hypotheses(decoded, row)
+        np.testing.assert_allclose(
+            [h[1] for h in found], [score for score, _ in ranked], rtol=1e-4, atol=1e-4
+        )
+        if ranked[0][0] - ranked[1][0] > 1e-3:
+            assert found[0][0] == ranked[0][1]
+
+
+@norms
+@pytest.mark.parametrize("width", [2, 3])
+@given(seeds, alphas, st.sampled_from([-1.0, 0.0, 1.0]))
+@settings(max_examples=20, deadline=None)
+def test_stopping_early_is_exact(norm, width, seed, alpha, eos):
+    model = toy(seed, eos=eos)
+    decoded = compiled("beam", width, norm, length=7)(model, alpha)
+    for row in range(2):
+        wanted = search(model, row, width, 7, alpha, norm)
+        found = hypotheses(decoded, row)
+        np.testing.assert_allclose(
+            [h[1] for h in found], [score for score, _ in wanted], rtol=1e-4, atol=1e-4
+        )
+        for tokens, score, log_prob, _ in found:
+            again = model.log_prob(row, tokens)
+            np.testing.assert_allclose(log_prob, again, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                score, again / lengthen(len(tokens), alpha, norm), rtol=1e-4, atol=1e-4
+            )
+
+
+@given(seeds, alphas)
+@settings(max_examples=20, deadline=None)
+def test_hypotheses_are_unique_and_finite(seed, alpha):
+    """Also with more beams than tokens."""
+    for width in (3, 9):
+        decoded = compiled("beam", width)(toy(seed), alpha)
+        for row in range(2):
+            found = hypotheses(decoded, row)
+            assert len({h[0] for h in found}) == width
+            assert np.isfinite([h[1:3] for h in found]).all()
+            assert Finish.DEAD_END not in [h[3] for h in found]
+
+
+def test_more_beams_than_hypotheses():
+    """Five sequences of at most one token exist: the surplus beams are empty dead ends."""
+    found = hypotheses(toy(0).decode(beam(8, 0.6), length=1), 0)
+    assert {h[0] for h in found[:5]} == {(token,) for token in range(5)}
+    assert sorted(h[3] for h in found[:5]) == [Finish.EOS] + [Finish.LIMIT] * 4
+    for tokens, score, log_prob, finish in found[5:]:
+        assert tokens == () and finish == Finish.DEAD_END
+        assert np.isfinite([score, log_prob]).all() and score < -1e30
+
+
+def test_a_banned_token_keeps_its_probability():
+    """A forbidden token only narrows the search: what is found scores as it would without."""
+    model, mask = toy(4), np.arange(5) == 2
+    decoded = model.decode(beam(30, 0.0), ban(mask), length=3)
+    for row in range(2):
+        allowed = [tokens for tokens in sequences(5, 3) if 2 not in tokens]
+        best = max(model.log_prob(row, tokens) for tokens in allowed)
+        np.testing.assert_allclose(hypotheses(decoded, row)[0][1], best, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [-100.0, 100.0])
+@norms
+def test_an_absurd_exponent_stays_finite(alpha, norm):
+    decoded = toy(0).decode(beam(3, alpha, norm), length=6)
+    assert np.isfinite(decoded.score).all() and (np.diff(decoded.score, axis=1) <= 0).all()
+    assert (decoded.finish != Finish.DEAD_END).all()
+
+
+def test_equal_logits_take_the_lowest_ids():
+    model = toy(0)
+    level = model._replace(out=np.zeros_like(model.out))
+    assert level.decode(beam(1, 0.0), length=3).tokens.tolist() == [[[0, 0, 0]]] * 2
+    assert level.decode(greedy(), length=3).tokens.tolist() == [[[0, 0, 0]]] * 2

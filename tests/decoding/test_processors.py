@@ -1,0 +1,187 @@
+"""Processors: what each keeps, and that samples follow the distribution that is left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from toy_decoder import EOS, toy
+
+from jaxformer.decoding.loop import decode
+from jaxformer.decoding.processors import (
+    ban,
+    chain,
+    min_length,
+    min_p,
+    temperature,
+    top_k,
+    top_p,
+)
+from jaxformer.decoding.strategies import greedy, sample
+
+logits_rows = st.lists(  # few levels, so that ties abound
+    st.sampled_from([-np.inf, -3.0, -1.0, 0.0, 0.5, 2.0]), min_size=7, max_size=7
+).filter(lambda row: max(row) > -np.inf)
+
+
+def apply(processor, row):
+    logits = jnp.array(row, jnp.float32)[None, None]
+    return np.asarray(processor.apply(logits, processor.init(1, 1)))[0, 0]
+
+
+def kept(processor, row):
+    """The tokens left, after checking that their logits are untouched."""
+    out = apply(processor, row)
+    left = out > -np.inf
+    np.testing.assert_array_equal(out[left], np.float32(row)[left])
+    return set(np.flatnonzero(left).tolist())
+
+
+def ranking(row):
+    """Possible tokens, the most likely first, of equal ones the lowest id."""
+    return [i for i in np.argsort(-np.array(row), kind="stable").tolist() if row[i] > -np.inf]
+
+
+@given(logits_rows, st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_top_k_keeps_the_first_k(row, k):
+    assert kept(top_k(k), row) == set(ranking(row)[: k or None])
+
+
+@given(logits_rows, st.floats(0.01, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_top_p_keeps_the_fewest_that_reach_p(row, p):
+    order = ranking(row)
+    exact = np.exp(np.array(row, np.float64)) / np.exp(np.array(row, np.float64)).sum()
+    before = np.concatenate([[0.0], np.cumsum(exact[order])[:-1]])
+    if np.abs(before - p).min() < 1e-5:
+        return  # decided by rounding
+    assert kept(top_p(p), row) == {token for token, b in zip(order, before, strict=True) if b < p}
+
+
+@given(logits_rows, st.floats(0.0, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_min_p_keeps_what_is_likely_enough(row, p):
+    ratio = np.exp(np.array(row) - max(row))
+    if np.abs(ratio - p).min() < 1e-5 and p < 1:
+        return
+    assert kept(min_p(p), row) == {i for i in ranking(row) if ratio[i] >= p}
+
+
+@given(logits_rows)
+@settings(max_examples=30, deadline=None)
+def test_the_neutral_values_keep_everything(row):
+    every = set(ranking(row))
+    assert kept(chain(top_k(0), top_p(1.0), min_p(0.0)), row) == every
+    assert kept(chain(), row) == every
+    np.testing.assert_allclose(apply(temperature(1.0), row), row, rtol=1e-6)
+
+
+def test_top_p_of_one_survives_rounding():
+    """In float32 a long tail sums to 1 early; nothing may be cut."""
+    row = np.linspace(0.0, -40.0, 500)
+    assert len(kept(top_p(1.0), row)) == 500
+    assert len(kept(top_p(0.99), row)) < 500
+
+
+@given(logits_rows, st.sampled_from([0.0, 1e-30, 0.3, 1.0, 4.0]))
+@settings(max_examples=40, deadline=None)
+def test_temperature_sharpens_and_zero_keeps_the_argmax(row, t):
+    out = apply(temperature(t), row)
+    assert not np.isnan(out).any() and out.argmax() == np.argmax(row)
+    if t == 0:
+        assert kept(temperature(t), row) == {int(np.argmax(row))}
+    elif t >= 0.3:
+        np.testing.assert_allclose(
+            jax.nn.softmax(out), jax.nn.softmax(jnp.array(row) / t), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_ban_and_min_length():
+    row = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert kept(ban(np.arange(7) % 2 == 0), row) == {1, 3, 5}
+    processor, logits = min_length(2, EOS), jnp.array(row)[None, None]
+    state, forbidden = processor.init(1, 1), []
+    for _ in range(4):
+        forbidden.append(bool(processor.apply(logits, state)[0, 0, EOS] == -jnp.inf))
+        state = processor.update(state, jnp.array([[3]]))
+    assert forbidden == [True, True, False, False]
+
+
+ROW = np.array([1.0, -0.5, 0.8, 0.0, 2.0, -1.5, 1.0], np.float32)
+CASES = {
+    "plain": (chain(), ROW),
+    "temperature": (temperature(0.5), ROW / 0.5),
+    "hot": (temperature(3.0), ROW / 3),
+    "top_k": (top_k(3), np.where(np.isin(np.arange(7), [4, 0, 6]), ROW, -np.inf)),
+    "top_k, ties": (top_k(2), np.where(np.isin(np.arange(7), [4, 0]), ROW, -np.inf)),
+    "top_p": (top_p(0.6), np.where(np.isin(np.arange(7), [4, 0]), ROW, -np.inf)),
+    "min_p": (min_p(0.3), np.where(ROW >= 2 + np.log(0.3), ROW, -np.inf)),
+    "ban": (ban(np.arange(7) == 4), np.where(np.arange(7) == 4, -np.inf, ROW)),
+    "chain": (
+        chain(temperature(2.0), top_k(5), min_p(0.4)),
+        np.where(np.isin(np.arange(7), [4, 0, 6, 2]), ROW / 2, -np.inf),
+    ),
+}
+
+
+def draw(processor, rows=500, n=8):
+    """Two-token samples of a model whose logits never change."""
+    logits = jnp.broadcast_to(jnp.array(ROW), (rows, n, len(ROW)))
+    return decode(
+        lambda cache, tokens, parent, t: (logits, cache),
+        logits[:, 0],
+        (),
+        sample(n),
+        processor,
+        length=2,
+        limit=jnp.full(rows, 2),
+        eos_id=-1,
+        pad_id=0,
+        keys=jax.random.split(jax.random.key(7), rows),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_follow_the_exact_probabilities(name):
+    processor, exact = CASES[name]
+    probability = np.exp(exact) / np.exp(exact).sum()
+    pairs = np.asarray(draw(processor).tokens).reshape(-1, 2)
+    counts = np.zeros((7, 7))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    wanted = np.outer(probability, probability) * len(pairs)
+    assert (counts[wanted == 0] == 0).all()
+    seen = wanted > 5
+    rest = np.array([counts[~seen].sum(), wanted[~seen].sum()])
+    observed, expected = np.append(counts[seen], rest[0]), np.append(wanted[seen], rest[1])
+    if rest[1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("processor", [top_k(1), temperature(0.0), top_p(1e-6), min_p(1.0)])
+def test_only_one_token_left_is_greedy(processor):
+    model = toy(9, rows=6)
+    wanted = model.decode(greedy(), length=6)
+    found = model.decode(sample(2), processor, length=6)
+    for i in range(2):
+        np.testing.assert_array_equal(found.tokens[:, i], wanted.tokens[:, 0])
+        np.testing.assert_allclose(found.log_prob[:, i], wanted.log_prob[:, 0], rtol=1e-5)
+
+
+def test_one_left_of_equals_is_greedy_too():
+    model = toy(9)
+    level = model._replace(out=np.zeros_like(model.out))
+    for processor in (top_k(1), temperature(0.0), top_p(1e-6)):
+        assert (level.decode(sample(3), processor).tokens == 0).all()
+
+
+def test_samples_of_a_row_and_of_seeds_differ():
+    model = toy(1, eos=-5.0)
+    first = model.decode(sample(4), length=8)
+    assert len({tuple(tokens) for tokens in first.tokens[0].tolist()}) > 1
+    keys = jax.random.split(jax.random.key(1), 2)
+    assert (model.decode(sample(4), length=8, keys=keys).tokens != first.tokens).any()
+    assert (model.decode(sample(4), length=8).tokens == first.tokens).all()

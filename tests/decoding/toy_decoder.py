@@ -1,0 +1,107 @@
+"""A recurrent toy model for decoding, and the same model in float64 without a loop of ours."""
+
+import itertools
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformer.decoding import strategies
+from jaxformer.decoding.loop import Decoded, decode
+from jaxformer.decoding.processors import Processor, automaton, chain
+
+PAD, EOS = 0, 1
+
+
+class Toy(NamedTuple):
+    """hidden = tanh(hidden @ mix + embed[token]); logits = hidden @ out."""
+
+    mix: np.ndarray
+    embed: np.ndarray
+    out: np.ndarray
+    start: np.ndarray
+    """The hidden state of each row after its prompt."""
+
+    def step(self, cache, tokens, parent, t):
+        if parent is not None:
+            cache = jnp.take_along_axis(cache, parent[..., None], 1)
+        cache = jnp.tanh(cache @ self.mix + jnp.asarray(self.embed)[tokens])
+        return cache @ self.out, cache
+
+    def decode(self, strategy, processor=None, *, length=4, limit=None, keys=None, **options):
+        rows, width = len(self.start), strategy.width
+        return decode(
+            options.pop("step", self.step),
+            jnp.asarray(self.start) @ self.out,
+            jnp.repeat(jnp.asarray(self.start)[:, None], width, 1),
+            strategy,
+            chain() if processor is None else processor,
+            length=length,
+            limit=jnp.full(rows, length) if limit is None else limit,
+            keys=jax.random.split(jax.random.key(0), rows) if keys is None else keys,
+            eos_id=EOS,
+            pad_id=PAD,
+            **options,
+        )
+
+    def next(self, row, prefix):
+        """Log-probabilities of the token after `prefix`, in float64."""
+        hidden = self.start[row].astype(np.float64)
+        for token in prefix:
+            hidden = np.tanh(hidden @ self.mix + self.embed[token])
+        logits = hidden @ self.out
+        return logits - np.log(np.exp(logits).sum())
+
+    def log_prob(self, row, tokens):
+        return sum(self.next(row, tokens[:i])[token] for i, token in enumerate(tokens))
+
+
+def toy(seed, rows=2, vocabulary=5, eos=0.0):
+    """Random weights; `eos` is added to the end's logits, more or less."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    made = Toy(draw(6, 6) / 2, draw(vocabulary, 6), draw(6, vocabulary), draw(rows, 6))
+    made.embed[:, 0] = made.start[:, 0] = 2.0
+    made.out[0, EOS] += eos
+    return made
+
+
+def lengthen(length, alpha, norm):
+    return ((5 + length) / 6 if norm == "wu" else length) ** alpha
+
+
+def hypotheses(decoded: Decoded, row):
+    """(tokens without padding, score, log_prob, finish) of each hypothesis of a row."""
+    return [
+        (tuple(np.asarray(tokens)[:length].tolist()), float(score), float(log_prob), int(finish))
+        for tokens, score, log_prob, length, finish in zip(
+            *(np.asarray(leaf)[row] for leaf in decoded), strict=True
+        )
+    ]
+
+
+def sequences(vocabulary, length):
+    """Every sequence that ends in EOS, or has `length` tokens and none."""
+    others = [token for token in range(vocabulary) if token != EOS]
+    for n in range(length):
+        for prefix in itertools.product(others, repeat=n):
+            yield (*prefix, EOS)
+    yield from itertools.product(others, repeat=length)
+
+
+@cache
+def compiled(name, width=1, norm="wu", length=4, table=None):
+    """A jitted (toy, alpha) -> Decoded, compiled once for all weights."""
+
+    def run(model: Toy, alpha):
+        processor: Processor = chain() if table is None else automaton(jnp.array(table))
+        strategy = {
+            "greedy": lambda: strategies.greedy(),
+            "sample": lambda: strategies.sample(width),
+            "beam": lambda: strategies.beam(width, alpha, norm),
+        }[name]()
+        return model.decode(strategy, processor, length=length)
+
+    return jax.jit(run)
