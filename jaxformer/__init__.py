@@ -1,0 +1,51 @@
+"""Train, fine-tune and run Transformers in JAX.
+
+    model = jaxformer.load("runs/g2p")
+    model.generate(["transformer"])
+
+Importing this touches no device, and loads jax only when a name that needs it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxformer.config import DataConfig as DataConfig
+    from jaxformer.config import DecodeConfig as DecodeConfig
+    from jaxformer.config import MeshConfig as MeshConfig
+    from jaxformer.config import ModelConfig as ModelConfig
+    from jaxformer.config import OptimConfig as OptimConfig
+    from jaxformer.config import TrainConfig as TrainConfig
+    from jaxformer.generate import Model as Model
+    from jaxformer.loading import load as load
+    from jaxformer.nn.transformer import Transformer as Transformer
+    from jaxformer.presets import PRESETS as PRESETS
+    from jaxformer.training.loop import fit as fit
+    from jaxformer.types import Batch as Batch
+    from jaxformer.types import Tokens as Tokens
+
+_HOME = {
+    "DataConfig": "config",
+    "DecodeConfig": "config",
+    "MeshConfig": "config",
+    "ModelConfig": "config",
+    "OptimConfig": "config",
+    "TrainConfig": "config",
+    "Model": "generate",
+    "load": "loading",
+    "Transformer": "nn.transformer",
+    "PRESETS": "presets",
+    "fit": "training.loop",
+    "Batch": "types",
+    "Tokens": "types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxformer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxformer.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

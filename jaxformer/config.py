@@ -338,12 +338,12 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How text is generated: greedy unless beams, samples or a temperature say otherwise."""
+    """How text is generated: greedy, unless beams or an option of sampling says otherwise."""
 
     beams: int = 1
     """Beams per text; more than 1 is beam search."""
     samples: int = 0
-    """Samples per text; 0 does not sample."""
+    """Samples per text; 0 is one, if another option asks to sample."""
     n_best: int = 1
     """Hypotheses returned per text."""
     temperature: float = 1.0
@@ -374,12 +374,31 @@ class DecodeConfig:
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
         in_range(self, "min_p", 0, 1)
         in_range(self, "length_penalty", -100, 100)
-        require(not (self.beams > 1 and self.samples), "give beams or samples, not both.")
         require(
-            self.n_best <= max(self.beams, self.samples),
-            f"n_best {self.n_best} is more than the {max(self.beams, self.samples)} hypotheses "
-            "that are searched; raise beams or samples.",
+            self.beams == 1 or not self.sampling,
+            "beams search and temperature, top_k, top_p, min_p and samples draw at random; "
+            "give beams or those, not both.",
         )
+        require(
+            self.n_best <= self.width,
+            f"n_best {self.n_best} is more than the {self.width} hypotheses that are searched; "
+            "raise beams or samples.",
+        )
+
+    @property
+    def sampling(self) -> bool:
+        """Whether tokens are drawn at random: any option of sampling asks for it."""
+        return self.samples > 0 or (self.temperature, self.top_k, self.top_p, self.min_p) != (
+            1.0,
+            0,
+            1.0,
+            0.0,
+        )
+
+    @property
+    def width(self) -> int:
+        """Hypotheses kept for each text."""
+        return max(self.beams, self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_sharding
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxformer.config import MeshConfig, ModelConfig
@@ -102,6 +103,17 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """This process's rows of a numpy batch as global arrays, their rows cut over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def fetch(tree: Any) -> Any:
+    """Every leaf as a whole numpy array, on every process."""
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 @contextlib.contextmanager

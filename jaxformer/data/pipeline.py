@@ -81,31 +81,30 @@ class Assembler:
         size = np.maximum(end - begin, 0)
         group, within = ragged(size)
         index = begin[group] + within
-        ids = rows.target_ids[index]
-        at = row[group], layout.target_column[part][group] + within
-        weights = np.ones(len(ids), np.float32)
+        ids, weights = rows.target_ids[index], np.ones(len(index), np.float32)
         if task == "mlm":
             inputs, weights = self.mask(ids, part, size, epoch)
         else:  # each token is read after the one before it
             before = rows.target_ids[index - 1]
             inputs = np.where(index == start[group], self.tokenizer.start_id, before)
-        learner = Tokens(
-            spread(inputs, at, shape, self.tokenizer.pad_id),
-            spread(within, at, shape),
-            spread(segment[group], at, shape),
-        )
+        at = row[group], layout.target_column[part][group] + within
+        learner = self.tokens(inputs, at, within, segment[group], shape)
         source, target = (learner, None) if task == "mlm" else (None, learner)
         if task == "seq2seq":
             start, stop = rows.source_offsets[example], rows.source_offsets[example + 1]
             group, within = ragged(stop - start)
+            ids_read = rows.source_ids[start[group] + within]
             to = row[group], layout.source_column[part][group] + within
-            source = Tokens(
-                spread(rows.source_ids[start[group] + within], to, shape, self.tokenizer.pad_id),
-                spread(within, to, shape),
-                spread(segment[group], to, shape),
-            )
+            source = self.tokens(ids_read, to, within, segment[group], shape)
         labels = spread(np.where(weights > 0, ids, 0), at, shape)
         return Batch(source, target, labels, spread(weights, at, shape).astype(np.float32))
+
+    def tokens(
+        self, ids: Ints, at: tuple[Ints, Ints], pos: Ints, seg: Ints, shape: tuple[int, int]
+    ) -> Tokens:
+        """Flat ids, positions and segments at their rows and columns, padding elsewhere."""
+        filled = spread(ids, at, shape, self.tokenizer.pad_id)
+        return Tokens(filled, spread(pos, at, shape), spread(seg, at, shape))
 
     def mask(self, ids: Ints, part: Ints, size: Ints, epoch: int) -> tuple[Ints, np.ndarray]:
         """`ids` with some hidden, and weights of 1 where they are to be predicted.
@@ -129,7 +128,9 @@ class Assembler:
         return np.where(picked, read, ids), picked.astype(np.float32)
 
 
-def spread(values: np.ndarray, at: tuple[Ints, Ints], shape: tuple[int, int], fill: int = 0):
+def spread(
+    values: np.ndarray, at: tuple[Ints, Ints], shape: tuple[int, int], fill: int = 0
+) -> np.ndarray:
     """An int32 array of `shape` with flat `values` at their rows and columns, `fill` elsewhere."""
     out = np.full(shape, fill, np.int32)
     out[at] = values

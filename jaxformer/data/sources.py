@@ -195,7 +195,7 @@ def as_text(value: object, where: str) -> str:
     """A string, or UTF-8 bytes, without NUL or half a surrogate pair (which JSON can spell)."""
     try:
         text = value.decode() if isinstance(value, bytes) else value
-        if isinstance(text, str) and "\0" not in text and text.encode() is not None:
+        if isinstance(text, str) and b"\0" not in text.encode():
             return text
     except UnicodeError as e:
         raise DataError(f"{where} is not Unicode text ({e}); mend the record.") from None
@@ -230,16 +230,23 @@ def read_docstrings(config: DataConfig, names: tuple[str, ...]) -> list[Example]
 
 
 def docstrings() -> Iterator[str]:
-    """Docstrings of the modules and packages of the standard library, in order of their names."""
+    """Docstrings of the standard library's modules and packages, in order of their names.
+
+    Without the packages that many systems install apart, so that most have the same text.
+    """
     library = Path(sysconfig.get_path("stdlib"))
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for name in sorted(sys.stdlib_module_names):
+    apart = {"ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo"}
+    for name in sorted(sys.stdlib_module_names - apart):
         for path in (library / f"{name}.py", *sorted((library / name).glob("*.py"))):
             if path.is_file():
                 with warnings.catch_warnings(action="ignore"):  # old escapes in the library
-                    tree = ast.parse(path.read_bytes())
-                for node in ast.walk(tree):
-                    if isinstance(node, kinds):
+                    nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
+                while nodes:
+                    node = nodes.pop()
+                    nodes += [n for n in getattr(node, "body", ()) if isinstance(n, ast.stmt)][::-1]
+                    if isinstance(
+                        node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+                    ):
                         yield ast.get_docstring(node) or ""
 
 

@@ -316,6 +316,11 @@ class Transformer(nn.Module):
         return self.embed(ids) * self.config.embed_scale
 
 
+def apply(config: ModelConfig, params: Any, *args: Any, method: str = "__call__") -> Any:
+    """A method of the Transformer of `config`, without dropout, as a pure function of `params`."""
+    return Transformer(config).apply({"params": params}, *args, method=method)
+
+
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters for decoding with a cache: the decoder's layers apart, `layers_0`, `layers_1`...
 

@@ -2,7 +2,7 @@
 
 import itertools
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxformer.decoding import strategies
 from jaxformer.decoding.loop import Decoded, decode
-from jaxformer.decoding.processors import Processor, automaton, chain
+from jaxformer.decoding.processors import automaton, ban, chain, min_length
 
-PAD, EOS = 0, 1
+PAD, EOS = 3, 1
+LENGTH = 7
 
 
 class Toy(NamedTuple):
@@ -30,7 +31,7 @@ class Toy(NamedTuple):
         cache = jnp.tanh(cache @ self.mix + jnp.asarray(self.embed)[tokens])
         return cache @ self.out, cache
 
-    def decode(self, strategy, processor=None, *, length=4, limit=None, keys=None, **options):
+    def decode(self, strategy, processor=None, *, length=LENGTH, limit=None, keys=None, **options):
         rows, width = len(self.start), strategy.width
         return decode(
             options.pop("step", self.step),
@@ -91,17 +92,52 @@ def sequences(vocabulary, length):
     yield from itertools.product(others, repeat=length)
 
 
+class Options(NamedTuple):
+    """Everything traced: one compilation serves them all."""
+
+    alpha: float = 0.6
+    limit: Any = LENGTH
+    """One for all rows or one per row."""
+    keys: Any = None
+    mask: Any = None
+    """Forbidden tokens; None forbids none."""
+    table: Any = None
+    """An automaton; None accepts everything."""
+    least: int = 0
+
+
+def run(model: Toy, name, width=1, norm="wu", length=LENGTH, **options) -> Decoded:
+    """Decode with a compiled function, made once for each strategy and shape."""
+    chosen = Options(**options)
+    rows, size = len(model.start), model.out.shape[1]
+    if constrained := bool({"mask", "table", "least"} & options.keys()):
+        mask = np.zeros(size, bool) if chosen.mask is None else np.asarray(chosen.mask)
+        table = np.zeros((4, size)) if chosen.table is None else np.asarray(chosen.table)
+        table = np.pad(table, ((0, 4 - len(table)), (0, 0)), constant_values=-1).astype(np.int32)
+        chosen = chosen._replace(mask=mask, table=table)
+    if chosen.keys is None:
+        chosen = chosen._replace(keys=jax.random.split(jax.random.key(0), rows))
+    limit = np.broadcast_to(np.int32(chosen.limit), rows)
+    return compiled(name, width, norm, length, constrained)(model, chosen._replace(limit=limit))
+
+
+def strategy_named(name, width, alpha, norm="wu"):
+    if name == "beam":
+        return strategies.beam(width, alpha, norm)
+    return strategies.sample(width) if name == "sample" else strategies.greedy()
+
+
 @cache
-def compiled(name, width=1, norm="wu", length=4, table=None):
-    """A jitted (toy, alpha) -> Decoded, compiled once for all weights."""
+def compiled(name, width, norm, length, constrained):
+    def decode(model: Toy, options: Options):
+        processor = chain()
+        if constrained:
+            processor = chain(
+                ban(options.mask), automaton(options.table), min_length(options.least, EOS)
+            )
+        strategy = strategy_named(name, width, options.alpha, norm)
+        return model.decode(
+            strategy, processor, length=length, limit=options.limit, keys=options.keys
+        )
 
-    def run(model: Toy, alpha):
-        processor: Processor = chain() if table is None else automaton(jnp.array(table))
-        strategy = {
-            "greedy": lambda: strategies.greedy(),
-            "sample": lambda: strategies.sample(width),
-            "beam": lambda: strategies.beam(width, alpha, norm),
-        }[name]()
-        return model.decode(strategy, processor, length=length)
-
-    return jax.jit(run)
+    return jax.jit(decode)

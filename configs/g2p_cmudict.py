@@ -1,0 +1,33 @@
+"""Pronounce English words: letters to phones, learned from the CMU dictionary."""
+
+from jaxformer import DataConfig, DecodeConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """The quick default: an encoder-decoder of a million parameters."""
+    return TrainConfig(
+        run_dir="runs/g2p",
+        steps=3000,
+        eval_every=1000,
+        save_every=1000,
+        metrics=("wer", "per"),
+        model=ModelConfig(
+            n_encoder_layers=2,
+            n_decoder_layers=2,
+            d_model=128,
+            d_ff=512,
+            n_heads=4,
+            max_length=64,
+        ),
+        data=DataConfig(
+            source="cmudict",
+            task="seq2seq",
+            spell=True,
+            tokenizer="word",
+            valid_fraction=0.05,
+            buckets=(10, 14, 36),
+            batch_tokens=3072,
+        ),
+        optim=OptimConfig(learning_rate=4e-3, schedule="linear", warmup=200),
+        decode=DecodeConfig(max_length=40, batch_size=512),
+    )

@@ -1,0 +1,104 @@
+"""What a run directory holds besides its checkpoints, written once and checked when read again."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxformer.config import TrainConfig, from_json, to_json
+from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
+from jaxformer.errors import CheckpointError
+
+CONFIG, TOKENIZER, VERSIONS, METRICS = "config.json", "tokenizer", "run.json", "metrics.jsonl"
+PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What may differ when a run is resumed: none of it changes what has been computed so far.
+MAY_CHANGE = {"run_dir", "steps", "log_every", "eval_every", "save_every", "keep_latest",
+              "keep_best", "metrics", "eval_examples", "max_bad_steps", "distributed",
+              "mesh", "decode"}  # fmt: skip
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def exists(run_dir: Path) -> bool:
+    """Whether a run was begun in this directory."""
+    return (run_dir / VERSIONS).is_file()
+
+
+def create(run_dir: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Keep the resolved config, the tokenizer, and the versions of what it runs with."""
+    tokenizer.save(run_dir / TOKENIZER)
+    write_atomically(run_dir / CONFIG, to_json(config))
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    record = {"tokenizer_hash": tokenizer.hash, "versions": versions}
+    # Last: with it, the run exists.
+    write_atomically(run_dir / VERSIONS, json.dumps(record, indent=2) + "\n")
+
+
+def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
+    """The config and tokenizer of a run.
+
+    Raises `CheckpointError` if there is none, or the tokenizer is not the one it was trained with.
+    """
+    if not exists(run_dir):
+        raise CheckpointError(
+            f"{run_dir} is no run directory: it has no {VERSIONS}. "
+            "Give the run_dir of a training run."
+        )
+    config = from_json(TrainConfig, _read(run_dir / CONFIG), str(run_dir / CONFIG))
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
+    try:
+        expected = json.loads(_read(run_dir / VERSIONS))["tokenizer_hash"]
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{run_dir / VERSIONS} is damaged; restore it or retrain.") from None
+    if tokenizer.hash != expected:
+        raise CheckpointError(
+            f"the tokenizer in {run_dir / TOKENIZER} (SHA-256 {tokenizer.hash[:12]}) is not the "
+            f"one the model was trained with ({str(expected)[:12]}): its ids would mean other "
+            "text. Put the original tokenizer back."
+        )
+    return config, tokenizer
+
+
+def check_resumable(run_dir: Path, old: TrainConfig, new: TrainConfig) -> None:
+    """Raise a `CheckpointError` naming every option that makes `new` another run than `old`."""
+    was, now = flatten(old), flatten(new)
+    differing = [
+        f"  {name}: {was[name]!r} there, {now[name]!r} now"
+        for name in now
+        if was[name] != now[name] and name.split(".")[0] not in MAY_CHANGE
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{run_dir} holds a run with other options:\n" + "\n".join(differing) + "\n"
+            "Choose another --run_dir to start anew, or give the same options to resume."
+        )
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The fields of a config by dotted name."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            out |= {f"{field.name}.{k}": v for k, v in flatten(value).items()}
+        else:
+            out[field.name] = value
+    return out
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"cannot read {path}: {e}") from None

@@ -1,0 +1,198 @@
+"""The training run: data, state, steps, evaluation, checkpoints. The only file that ties them."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxformer import run, sharding
+from jaxformer.config import DecodeConfig, MeshConfig, TrainConfig
+from jaxformer.data import pipeline, sources, tasks, tokenizer
+from jaxformer.data.sources import Example
+from jaxformer.errors import ConfigError, Stopped
+from jaxformer.generate import Model
+from jaxformer.training import optim
+from jaxformer.training.checkpoint import Checkpoints, lock
+from jaxformer.training.evaluate import evaluate_loss, evaluate_text
+from jaxformer.training.report import Report
+from jaxformer.training.state import TrainState, abstract_state, init_state
+from jaxformer.training.step import make_eval_step, make_train_step
+from jaxformer.training.stopping import StopRequest
+from jaxformer.training.window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged by, as text where it is generated and tokenised."""
+
+    tokenizer: tokenizer.Tokenizer
+    train: tasks.Rows
+    valid: tasks.Rows
+    examples: Sequence[Example]
+
+
+def fit(config: TrainConfig) -> None:
+    """Train as configured, or go on where the run in `config.run_dir` stopped.
+
+    A run that is resumed is bit for bit the run that was never stopped. Raises the errors of
+    jaxformer.errors; `Stopped` after a signal, with the state saved.
+    """
+    if config.distributed:
+        jax.distributed.initialize()
+    run_dir = Path(config.run_dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        if jax.process_index() == 0:
+            stack.enter_context(lock(run_dir))
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_fits(config.model, mesh)
+        config, data = prepare(config, run_dir)
+        sharding.check_fits(config.model, mesh)
+        multiple = sharding.batch_shards(mesh) * config.accumulate
+        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        batches = pipeline.training_batches(
+            config.data,
+            data.train,
+            data.tokenizer,
+            seed=config.seed,
+            multiple=multiple,
+            **processes,
+        )
+        if config.data.workers:
+            stack.callback(batches.close)
+
+        tx = optim.make_optimizer(config.model, config.optim, config.steps)
+        abstract = abstract_state(config.model, tx, mesh)
+        checkpoints = stack.enter_context(
+            Checkpoints(run_dir, keep_latest=config.keep_latest, keep_best=config.keep_best)
+        )
+        restored = checkpoints.restore(abstract, report=print)
+        if restored is None:
+            state, meta, step = init_state(config.model, tx, mesh, config.seed), {}, 0
+        else:
+            state, meta, step = restored
+            batches.set_state(meta["data"])
+        report = stack.enter_context(Report(run_dir, step, config.steps))
+        size = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        report.say(
+            f"{config.model.kind}, {size:,} parameters, mesh {dict(mesh.shape)}; "
+            f"{len(data.train):,} training and {len(data.valid):,} validation examples, "
+            f"{pipeline.left_out(config.data, data.train):,} left out as too long; "
+            + (f"resumed at step {step}" if step else "starting anew")
+        )
+        train_step = make_train_step(
+            config.model, config.optim, tx, config.accumulate, mesh, abstract
+        )
+        eval_step = make_eval_step(config.model, mesh)
+        schedule = optim.schedule(config.optim, config.steps)
+
+        def evaluate(state: TrainState, step: int) -> float:
+            """Log the evaluation of `state`, show samples, and return its loss."""
+            held_out = pipeline.evaluation_batches(
+                config.data, data.valid, data.tokenizer, multiple=multiple, **processes
+            )
+            scores = evaluate_loss(eval_step, state.params, stop.between(held_out), mesh)
+            model = Model(config.model, state.params, data.tokenizer, config.data, config.decode)
+            examples = data.examples[: None if step == config.steps else config.eval_examples]
+            texts, predictions = evaluate_text(model, examples, config.metrics, stop)
+            report.log(step, {**scores, **texts})
+            report.samples(
+                [
+                    (example.source, prediction, example.targets[0])
+                    for example, prediction in zip(examples[:3], predictions, strict=False)
+                ]
+            )
+            report.plot()
+            return scores["eval/loss"]
+
+        window = Window.from_json(meta.get("window", []))
+        evaluated, saved, loss = meta.get("evaluated", 0), step, None
+
+        def save() -> None:
+            meta = {"data": batches.get_state(), "window": window.to_json(), "evaluated": evaluated}
+            checkpoints.save(step, state, meta, loss=loss if evaluated == step else None)
+
+        try:
+            while True:
+                last = step == config.steps
+                if evaluated != step and (last or step % config.eval_every == 0):
+                    loss = evaluate(state, step)
+                    evaluated = step
+                if saved != step and (last or step % config.save_every == 0):
+                    save()
+                    saved = step
+                if step >= config.steps:
+                    break
+                stop.check()
+                begin = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - begin
+                state, metrics = train_step(state, sharding.put_batch(batch, mesh))
+                step += 1
+                window.add(metrics, batch, begin, waited)
+                report.advance(step, window.note())
+                if step % config.log_every == 0 or step == config.steps:
+                    scores = window.close(config.max_bad_steps)
+                    report.log(
+                        step,
+                        {
+                            **scores,
+                            "train/learning_rate": float(jax.device_get(schedule(step - 1))),
+                        },
+                    )
+        except Stopped:
+            if saved != step:
+                save()
+            checkpoints.wait()
+            raise
+
+
+def evaluate_run(run_dir: Path, model: Model, decode: DecodeConfig) -> dict[str, Any]:
+    """The scores of a trained model on all of its run's validation data, generated by `decode`."""
+    config, data = prepare(run.read(run_dir)[0], run_dir)
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    batches = pipeline.evaluation_batches(config.data, data.valid, data.tokenizer, multiple=1)
+    scores = evaluate_loss(make_eval_step(model.config, mesh), model.params, batches, mesh)
+    model = dataclasses.replace(model, defaults=decode)
+    return scores | evaluate_text(model, data.examples, config.metrics, StopRequest())[0]
+
+
+def prepare(config: TrainConfig, run_dir: Path) -> tuple[TrainConfig, Data]:
+    """Read and tokenise the data; make the run directory, or check that it holds this run.
+
+    Returns the config with the vocabulary's size filled in.
+    """
+    train, valid = sources.read(config.data, config.seed)
+    old = None
+    if run.exists(run_dir):
+        old, pieces = run.read(run_dir)
+    elif config.data.tokenizer_path:
+        pieces = tokenizer.load_tokenizer(config.data.tokenizer_path)
+    else:
+        pieces = tokenizer.train_tokenizer(config.data, tasks.texts(config.data, train))
+    config = resolve(config, pieces)
+    if old is not None:
+        run.check_resumable(run_dir, old, config)
+    elif jax.process_index() == 0:
+        run.create(run_dir, config, pieces)
+    return config, Data(
+        pieces,
+        tasks.tokenise(config.data, pieces, train, one_per_target=True),
+        tasks.tokenise(config.data, pieces, valid, one_per_target=False),
+        valid,
+    )
+
+
+def resolve(config: TrainConfig, pieces: tokenizer.Tokenizer) -> TrainConfig:
+    """`config` with the tokenizer's vocabulary size where it says 0."""
+    size = config.model.vocab_size or pieces.vocab_size
+    if size < pieces.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {size}, but the tokenizer has {pieces.vocab_size} ids; "
+            "raise it, or set it to 0 to take the tokenizer's."
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
