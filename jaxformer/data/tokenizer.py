@@ -1,6 +1,7 @@
 """Text to ids and back: symbols (characters or words), bytes, and SentencePiece."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def content(ids: Iterable[int], eos_id: int, vocab_size: int) -> list[int]:
 
 def settings(kind: str, **fields: Any) -> bytes:
     """The settings file of a tokenizer of type `kind`."""
-    return (json.dumps({"type": kind, **fields}, ensure_ascii=False, indent=1) + "\n").encode()
+    return (json.dumps({"type": kind, **fields}, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class SymbolTokenizer(Tokenizer):
         return self.separator.join(self.symbols[i - N_SPECIAL] for i in known)
 
     def files(self) -> dict[str, bytes]:
-        fields = settings("symbols", symbols=self.symbols, separator=self.separator)
-        return {SETTINGS: fields}
+        return {
+            SETTINGS: settings("symbols", symbols=self.symbols, separator=self.separator),
+        }
 
 
 def split(text: str, separator: str) -> Sequence[str]:
@@ -166,8 +168,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     Text is not normalised, so that it comes back as it was. One thread, since the number of
     threads is written into the model and so changes its hash.
     """
-    import io
-
     import sentencepiece
 
     # The trainer passes over long sentences without a word, so it gets lines in short stretches.
