@@ -7,9 +7,9 @@ def get_config() -> TrainConfig:
     """The quick default: an encoder-decoder of a million parameters."""
     return TrainConfig(
         run_dir="runs/g2p",
-        steps=3000,
-        eval_every=1000,
-        save_every=1000,
+        steps=2200,
+        eval_every=550,
+        save_every=550,
         metrics=("wer", "per"),
         model=ModelConfig(
             n_encoder_layers=2,
@@ -18,6 +18,9 @@ def get_config() -> TrainConfig:
             d_ff=512,
             n_heads=4,
             max_length=64,
+            norm="rms",
+            activation="relu",
+            scan_layers=False,
         ),
         data=DataConfig(
             source="cmudict",
@@ -25,7 +28,7 @@ def get_config() -> TrainConfig:
             spell=True,
             tokenizer="word",
             valid_fraction=0.05,
-            buckets=(10, 14, 36),
+            buckets=(8, 10, 12, 20),
             batch_tokens=3072,
         ),
         optim=OptimConfig(learning_rate=4e-3, schedule="linear", warmup=200),

@@ -260,7 +260,7 @@ class DataConfig:
     """Lengths that batches are padded to; an example goes to the shortest that holds both sides.
     Each is compiled once. Longer training examples are left out, and counted."""
     batch_tokens: int = 4096
-    """Tokens a side in each batch: a bucket of length n has batch_tokens // n rows."""
+    """Tokens a side in each batch: a bucket of length n has batch_tokens // n rows, on any mesh."""
     pack: bool = False
     """Pack several examples into each row of the longest bucket (lm, seq2seq)."""
     workers: int = 0
@@ -442,6 +442,7 @@ class TrainConfig:
                      "max_bad_steps"):  # fmt: skip
             in_range(self, name, 1)
         in_range(self, "keep_best", 0)
+        in_range(self, "seed", 0, 2**31 - 1)
         in_range(self, "eval_examples", 0)
         task = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
         require(

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 
 def rows_per_batch(config: DataConfig, bucket: int, multiple: int) -> int:
-    """Rows of a batch of length `bucket`: the most within `batch_tokens` that `multiple` divides.
+    """Examples in a batch of length `bucket`, whatever the mesh: as many as `batch_tokens` holds.
 
-    Raises `ConfigError` if that is none.
+    Raises `ConfigError` if they are fewer than `multiple`, the parts a batch is cut into.
     """
-    rows = config.batch_tokens // bucket // multiple * multiple
-    if rows == 0:
+    rows = config.batch_tokens // bucket
+    if rows < multiple:
         raise ConfigError(
-            f"data.batch_tokens {config.batch_tokens} is {config.batch_tokens // bucket} rows of "
-            f"bucket {bucket}, but devices, processes and accumulated parts need a multiple of "
-            f"{multiple}; set data.batch_tokens to at least {bucket * multiple}."
+            f"data.batch_tokens {config.batch_tokens} is {rows} rows of bucket {bucket}, but the "
+            f"mesh (data x fsdp) and accumulate cut each batch into {multiple} parts; set "
+            f"data.batch_tokens to at least {bucket * multiple}, or use fewer parts."
         )
     return rows
 
@@ -51,6 +51,11 @@ def left_out(config: DataConfig, rows: Rows) -> int:
     """How many examples are too long for the longest bucket, and so left out of training."""
     too_long = np.maximum(*lengths(rows)) > config.buckets[-1]
     return int(too_long.sum()) if config.task == "seq2seq" else 0
+
+
+def longest_pair(config: DataConfig, rows: Rows) -> int:
+    """Tokens of the longer side of the longest pair; documents are cut, so they count as 0."""
+    return int(np.maximum(*lengths(rows)).max(initial=0)) if config.task == "seq2seq" else 0
 
 
 @dataclass(frozen=True)
@@ -137,20 +142,30 @@ def spread(
     return out
 
 
-def share_of(rows: Ints, process_index: int, process_count: int) -> Ints:
-    """The part of a batch's rows that one of several processes holds."""
-    share = len(rows) // process_count
-    return rows[process_index * share : (process_index + 1) * share]
+@dataclass(frozen=True)
+class Share:
+    """The part of a batch's rows that one of several processes holds.
+
+    Empty rows (-1) are added until `multiple` divides the rows, so that a batch holds the same
+    examples on any mesh.
+    """
+
+    multiple: int
+    process_index: int
+    process_count: int
+
+    def of(self, rows: Ints) -> Ints:
+        """This process's rows of a batch."""
+        (rows,) = in_batches(rows, -(-len(rows) // self.multiple) * self.multiple)
+        share = len(rows) // self.process_count
+        return rows[self.process_index * share : (self.process_index + 1) * share]
 
 
 class Epochs:
     """Training batches without end, as a random access source for Grain."""
 
-    def __init__(
-        self, assembler: Assembler, sizes: dict[int, int], process_index: int, process_count: int
-    ) -> None:
-        self.assembler, self.sizes = assembler, sizes
-        self.process = process_index, process_count
+    def __init__(self, assembler: Assembler, sizes: dict[int, int], share: Share) -> None:
+        self.assembler, self.sizes, self.share = assembler, sizes, share
         self.per_epoch = n_batches(assembler.layout.bucket, sizes)
         self.planned = -1, [], np.zeros(0, int)
 
@@ -165,7 +180,7 @@ class Epochs:
             self.planned = epoch, batches, first_windows(maker.rows, longest, maker.seed, epoch)
         _, batches, first = self.planned
         length, chosen = batches[at]
-        return maker.batch(share_of(chosen, *self.process), length, first, longest, epoch)
+        return maker.batch(self.share.of(chosen), length, first, longest, epoch)
 
 
 def training_batches(
@@ -180,9 +195,10 @@ def training_batches(
 ) -> "grain.DatasetIterator[Batch]":
     """Shuffled batches without end, of which this process gets its share of the rows.
 
-    `multiple`, itself one of `process_count`, divides the rows of each batch. The iterator's
-    `get_state` can be kept as JSON and `set_state` goes on exactly there, given the same `workers`;
-    with workers, call its `close` in the end. Raises `ConfigError` if `batch_tokens` is too small,
+    Empty rows fill each batch up to a multiple of `multiple`, itself one of `process_count`. The
+    iterator's `get_state` can be kept as JSON and `set_state` goes on exactly there, given the same
+    `workers`; with workers, call its `close` in the end. Raises `ConfigError` if `batch_tokens` is
+    too small,
     `DataError` if no example fits.
     """
     import grain
@@ -196,7 +212,8 @@ def training_batches(
             "add a longer one to data.buckets."
         )
     assembler = Assembler(config, rows, tokenizer, layout, seed)
-    source = Epochs(assembler, sizes, process_index, process_count)
+    share = Share(multiple, process_index, process_count)
+    source = Epochs(assembler, sizes, share)
     # All is in memory and quickly assembled: reading threads would only contend for the GIL.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     batches = grain.MapDataset.source(source).to_iter_dataset(options)
@@ -234,7 +251,7 @@ def evaluation_batches(
     layout = lay_out(config, rows, buckets, pack=False, seed=0)
     assembler = Assembler(config, rows, tokenizer, layout, seed=0)
     first = np.full(len(rows), buckets[-1])
+    share = Share(multiple, process_index, process_count)
     for length, size in sizes.items():
         for chosen in in_batches(np.flatnonzero(layout.bucket == length), size):
-            mine = share_of(chosen, process_index, process_count)
-            yield assembler.batch(mine, length, first, buckets[-1], epoch=0)
+            yield assembler.batch(share.of(chosen), length, first, buckets[-1], epoch=0)

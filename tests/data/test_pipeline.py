@@ -74,7 +74,8 @@ def check_shape(config: DataConfig, batch: Batch) -> None:
     """The invariants of every batch: shapes, types, and what padding looks like."""
     n = batch.labels.shape[1]
     assert n in config.buckets
-    assert batch.labels.shape == (rows_per_batch(config, n, 2), n)
+    rows = rows_per_batch(config, n, 2)
+    assert batch.labels.shape == (rows + rows % 2, n)
     for array in arrays(batch):
         assert array.shape == batch.labels.shape
         assert array.dtype == (np.float32 if array is batch.weights else np.int32)
@@ -363,8 +364,21 @@ def test_rows_per_batch(tokens, bucket, multiple):
         enough = replace(c, batch_tokens=max(bucket * multiple, 24))
         assert rows_per_batch(enough, bucket, multiple) >= multiple
     else:
-        assert rows % multiple == 0 and 0 < rows * bucket <= c.batch_tokens
-        assert (rows + multiple) * bucket > c.batch_tokens
+        assert rows >= multiple and rows * bucket <= c.batch_tokens < (rows + 1) * bucket
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=50), st.integers(1, 3))
+def test_a_batch_holds_the_same_examples_on_any_mesh(pairs, multiple):
+    c = config("seq2seq")
+    rows = tokenise(c, BYTES, [Example(s, (t,)) for s, t in pairs], one_per_target=True)
+    one = islice(training_batches(c, rows, BYTES, seed=1, multiple=1), 10)
+    many = islice(training_batches(c, rows, BYTES, seed=1, multiple=multiple), 10)
+    for small, large in zip(one, many, strict=True):
+        n = len(small.labels)
+        assert len(large.labels) == -(-n // multiple) * multiple
+        for a, b in zip(arrays(small), arrays(large), strict=True):
+            assert np.array_equal(a, b[:n]) and not b[n:].any()
 
 
 WORKERS = """

@@ -1,0 +1,19 @@
+"""Eight virtual CPU devices, and shapes and types checked at run time, for all tests."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+hook = install_import_hook("jaxformer", "beartype.beartype")
+
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
