@@ -7,9 +7,9 @@ def get_config() -> TrainConfig:
     """The quick default: an encoder-decoder of a million parameters."""
     return TrainConfig(
         run_dir="runs/g2p",
-        steps=2200,
-        eval_every=550,
-        save_every=550,
+        steps=1800,
+        eval_every=600,
+        save_every=600,
         metrics=("wer", "per"),
         model=ModelConfig(
             n_encoder_layers=2,

@@ -7,9 +7,10 @@ This file imports no jax, so that data workers start fast; its tuples are jax py
 | B      | batch rows        | D      | model width                 |
 | T      | query length      | F      | feed-forward width          |
 | S      | key length        | V      | vocabulary                  |
-| N      | heads             | L      | layers                      |
-| K      | key/value heads   | W      | beams or samples per row    |
-| H      | head dimension    | R      | B*W, a batch of all beams   |
+| M      | memory length     | L      | layers                      |
+| N      | heads             | W      | beams or samples per row    |
+| K      | key/value heads   | R      | B*W, a batch of all beams   |
+| H      | head dimension    |        |                             |
 
 They are those of `jax.nn.dot_product_attention`: the same in signatures and (lower case) einsums.
 """

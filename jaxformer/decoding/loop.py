@@ -6,7 +6,7 @@ hypothesis each one continues, and does what it must.
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,7 @@ class Strategy(NamedTuple):
     finish: Callable[[DecodeState], Decoded]
 
 
+@runtime_checkable
 class Step(Protocol):
     """The model: feed one token per hypothesis, get the logits of the next."""
 

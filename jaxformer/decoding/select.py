@@ -25,7 +25,8 @@ def top_k(x: Float[Array, "... V"], k: int) -> tuple[Float[Array, "... k"], Int[
     """
     size = x.shape[-1]
     if size < LARGE or size <= CHUNK * k:
-        return jax.lax.top_k(x, k)
+        values, index = jax.lax.top_k(x, k)
+        return values, index
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -size % CHUNK)]
     chunks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, CHUNK)
     _, best = jax.lax.top_k(chunks.max(-1), k)

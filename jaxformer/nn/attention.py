@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        memory: Float[Array, "B S D"] | None,
+        memory: Float[Array, "B M D"] | None,
         mask: Bool[Array, "#B T S"],
         bias: Float[Array, "#B N T S"] | None = None,
         rotations: tuple[Array, Array] | None = None,

@@ -30,7 +30,7 @@ class Cache(NamedTuple):
 
     own: tuple[KV, ...]
     cross: tuple[KV, ...]
-    cross_seg: Int[Array, "B S"] | None
+    cross_seg: Int[Array, "B M"] | None
     pos: Int[Array, "B S"]
     seen: Bool[Array, "B W S"] | None
     filled: Int[Array, ""]

@@ -28,8 +28,8 @@ class Context(NamedTuple):
     masks: Bool[Array, "U #B T S"]
     bias: Float[Array, "#B N T S"] | None
     rotations: tuple[Float[Array, "U #B T 1 h"], Float[Array, "U #B T 1 h"]] | None
-    memory: Float[Array, "B S D"] | None
-    cross_mask: Bool[Array, "#B T S"] | None
+    memory: Float[Array, "B M D"] | None
+    cross_mask: Bool[Array, "#B T M"] | None
     slot: Int[Array, ""]
 
 
@@ -110,8 +110,8 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         tokens: Tokens,
-        memory: Float[Array, "B S D"] | None = None,
-        memory_seg: Int[Array, "#B S"] | None = None,
+        memory: Float[Array, "B M D"] | None = None,
+        memory_seg: Int[Array, "#B M"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         cfg = self.config
@@ -174,8 +174,8 @@ class Stack(nn.Module):
     def _context(
         self,
         tokens: Tokens,
-        memory: Float[Array, "B S D"] | None,
-        memory_seg: Int[Array, "#B S"] | None,
+        memory: Float[Array, "B M D"] | None,
+        memory_seg: Int[Array, "#B M"] | None,
         cache: Cache | None,
     ) -> tuple[Layer, Context]:
         """Masks, biases and rotations, each once; and which of them each layer takes."""
@@ -226,7 +226,7 @@ class Stack(nn.Module):
         return table.astype(jnp.float32)[bucket].transpose(0, 3, 1, 2)
 
 
-def _advance(cache: Cache, tokens: Tokens, memory_seg: Int[Array, "#B S"] | None) -> Cache:
+def _advance(cache: Cache, tokens: Tokens, memory_seg: Int[Array, "#B M"] | None) -> Cache:
     """The cache with the positions of `tokens`, and the segments of the memory if there is one."""
     rows = cache.pos.shape[0]
     pos = jnp.where(tokens.seg > 0, tokens.pos, NOWHERE)
@@ -278,15 +278,15 @@ class Transformer(nn.Module):
             raise ValueError("the batch has neither a source nor a target")
         return self.unembed(hidden)
 
-    def encode(self, source: Tokens) -> Float[Array, "B S D"]:
+    def encode(self, source: Tokens) -> Float[Array, "B M D"]:
         """The encoder's output for a source."""
         return self.encoder(self._embed(source.ids), source)[0]
 
     def decode(
         self,
         target: Tokens,
-        memory: Float[Array, "B S D"] | None = None,
-        memory_seg: Int[Array, "#B S"] | None = None,
+        memory: Float[Array, "B M D"] | None = None,
+        memory_seg: Int[Array, "#B M"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The decoder's output for a target, and the cache with the target in it.

@@ -360,7 +360,7 @@ def test_rows_per_batch(tokens, bucket, multiple):
         rows = rows_per_batch(c, bucket, multiple)
     except ConfigError as e:
         assert c.batch_tokens < bucket * multiple
-        assert f"at least {bucket * multiple}." in str(e)
+        assert f"at least {bucket * multiple}," in str(e)
         enough = replace(c, batch_tokens=max(bucket * multiple, 24))
         assert rows_per_batch(enough, bucket, multiple) >= multiple
     else:
