@@ -19,8 +19,8 @@ def layer_norm(
     """Layer normalisation, computed in float32 (Ba et al. 2016)."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale
-    return (y if bias is None else y + bias).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def rms_norm(
@@ -28,7 +28,7 @@ def rms_norm(
 ) -> Float[Array, "... D"]:
     """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019)."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)
     return y.astype(x.dtype)
 
 

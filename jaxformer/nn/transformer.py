@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         hidden = hidden * cfg.logit_scale
         if cfg.tie_embeddings:
             logits = self.embed.attend(hidden)
-            logits = logits + self.head_bias if cfg.head_bias else logits
+            logits = logits + self.head_bias.astype(jnp.float32) if cfg.head_bias else logits
         else:
             logits = self.head(hidden).astype(jnp.float32)
         if logits.ndim == 3:

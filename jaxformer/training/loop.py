@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -17,14 +17,12 @@ from jaxformer.errors import ConfigError, DataError, Stopped
 from jaxformer.generate import Model
 from jaxformer.training import optim
 from jaxformer.training.checkpoint import Checkpoints, lock
-from jaxformer.training.evaluate import evaluate_loss, evaluate_text
+from jaxformer.training.evaluate import evaluate_loss, evaluate_text, samples, spaced
 from jaxformer.training.report import Report
 from jaxformer.training.state import TrainState, abstract_state, init_state
 from jaxformer.training.step import make_eval_step, make_train_step
 from jaxformer.training.stopping import StopRequest
 from jaxformer.training.window import Window
-
-Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +102,7 @@ def fit(config: TrainConfig) -> None:
                 examples = spaced(examples, config.eval_examples)
             texts, predictions = evaluate_text(model, examples, config.metrics, stop)
             report.log(step, {**scores, **texts})
-            report.samples(
-                [
-                    (example.source, prediction, example.targets[0])
-                    for example, prediction in spaced(
-                        [*zip(examples, predictions, strict=False)], 3
-                    )
-                ]
-            )
+            report.samples(samples(model, examples or data.examples, predictions))
             report.plot()
             return scores["eval/loss"]
 
@@ -155,15 +146,6 @@ def fit(config: TrainConfig) -> None:
                 save()
             checkpoints.wait()
             raise
-
-
-def spaced(items: Sequence[Item], n: int) -> Sequence[Item]:
-    """At most `n` of `items`, evenly spaced: their order may mean something.
-
-    >>> spaced("abcdefg", 3)
-    'adg'
-    """
-    return items[:: max(1, -(-len(items) // max(n, 1)))] if n else items[:0]
 
 
 def evaluate_run(run_dir: Path, model: Model, decode: DecodeConfig) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def per(predictions: Sequence[str], references: References) -> float:
 
     For sentences this is the field's word error rate, for pronunciations its phone error rate.
 
-    >>> per(["K AE T", "D AO"], [["K AA T", "K AE T S"], ["D AO G"]])
-    33.33333333333333
+    >>> per(["K AE T", "D AO"], [["K AE T", "K AA T S"], ["D AO G"]])
+    16.666666666666668
     """
     import jiwer
 

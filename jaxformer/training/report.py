@@ -12,6 +12,7 @@ from rich.console import Console
 from jaxformer import run
 
 Value = float | int | str
+SAMPLE_LENGTH = 100  # characters shown of each part of a sample
 
 
 class Report:
@@ -74,8 +75,9 @@ class Report:
 
     def samples(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Show a few (source, prediction, reference)."""
-        for source, prediction, reference in rows:
-            self.say(f"  {printable(source)} -> {printable(prediction)}  ({printable(reference)})")
+        for row in rows:
+            source, prediction, reference = (printable(text[:SAMPLE_LENGTH]) for text in row)
+            self.say(f"  {source} -> {prediction}  ({reference})")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -84,7 +84,7 @@ def train_step(
         zeros = jax.tree.map(jnp.zeros_like, (state.params, scale))
         (grads, loss), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)

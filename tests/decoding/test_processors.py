@@ -108,7 +108,7 @@ def test_a_dead_end_stays_one(processor):
 
 def test_ban_and_min_length():
     row = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    assert kept(ban(np.arange(7) % 2 == 0), row) == {1, 3, 5}
+    assert kept(ban(jnp.arange(7) % 2 == 0), row) == {1, 3, 5}
     processor, logits = min_length(2, EOS), jnp.array(row)[None, None]
     state, forbidden = processor.init(1, 1), []
     for _ in range(4):
