@@ -434,6 +434,9 @@ class TrainConfig:
     """Validation examples to generate for while training (all of them after the last step)."""
     max_bad_steps: int = 10
     """Updates in a row that may be skipped for a NaN or infinite loss or gradient."""
+    init_from: str = ""
+    """Run directory to take the initial parameters and the tokenizer from, to fine-tune them; with
+    model.lora_rank, only adapters train."""
     distributed: bool = False
     """Join the other processes of a multi-host run (jax.distributed.initialize)."""
 

@@ -86,6 +86,15 @@ def shardings_for(boxed: Any, mesh: Mesh) -> Any:
 
     Leaves without names (a step counter, a key) are replicated.
     """
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, nn.LogicallyPartitioned)
+
+    def unbox_empty(node: Any) -> Any:
+        """An optimizer's place for a parameter that it leaves out has a box, but no array in it."""
+        return node.value if is_box(node) and not hasattr(node.value, "shape") else node
+
+    boxed = jax.tree.map(unbox_empty, boxed, is_leaf=is_box)
     return logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 

@@ -29,8 +29,8 @@ from jaxformer.types import Batch, Tokens
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 model = ModelConfig(
-    vocab_size=512, n_encoder_layers=2, n_decoder_layers=2, d_model=128, d_ff=256, n_heads=4,
-    max_length=64, compute_dtype="bfloat16", dropout=0.1, remat="dots",
+    vocab_size=512, n_encoder_layers=2, n_decoder_layers=2, d_model=256, d_ff=512, n_heads=4,
+    head_dim=128, max_length=64, compute_dtype="bfloat16", dropout=0.1, remat="dots",
 )
 optim = OptimConfig()
 tx = make_optimizer(model, optim, 100)
@@ -63,9 +63,9 @@ step = jax.jit(
 compiled = compile(step, state, batch)
 memory = compiled.memory_analysis()
 # A quarter of the state on each chip (norms and biases a half), and its buffers given back.
-moments = whole(state.params) + whole(state.opt_state)
-assert memory.argument_size_in_bytes < 0.3 * moments, (memory, moments)
-assert memory.alias_size_in_bytes > 0.2 * moments, (memory, moments)
+taken = memory.argument_size_in_bytes, memory.alias_size_in_bytes
+size = whole(state.params) + whole(state.opt_state)
+assert size / 4 < taken[1] <= taken[0] < 0.3 * size, (taken, size)
 assert "all-reduce" in compiled.as_text()
 """
 

@@ -1,55 +1,197 @@
-"""Models of a few thousand parameters that small meshes divide, and batches for them."""
+"""Runs so small that tests can afford to train them, in this process or in one of their own."""
 
+import atexit
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
 
-from jaxformer.config import ModelConfig
-from jaxformer.nn import transformer
-from jaxformer.types import Batch, Tokens
+from jaxformer import run, sharding
+from jaxformer.config import (
+    DataConfig,
+    DecodeConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    to_json,
+)
+from jaxformer.training import optim
+from jaxformer.training.checkpoint import Checkpoints, Restored
+from jaxformer.training.loop import fit
+from jaxformer.training.report import read_metrics
+from jaxformer.training.state import abstract_state
 
-LAYERS = {
-    "encoder-decoder": dict(n_encoder_layers=1, n_decoder_layers=2),
-    "decoder-only": dict(n_decoder_layers=2),
-    "encoder-only": dict(n_encoder_layers=2),
-}
-
-
-def model(kind: str = "decoder-only", **options: Any) -> ModelConfig:
-    small = dict(vocab_size=16, d_model=8, d_ff=12, n_heads=2, max_length=16)
-    return ModelConfig(**{**small, **LAYERS[kind], **options})
-
-
-def batch(config: ModelConfig, rows: int = 8, length: int = 6, seed: int = 0) -> Batch:
-    """Random ids; rows of all lengths, one of them empty, the rest padding of weight 0."""
-    rng = np.random.default_rng(seed)
-
-    def tokens() -> Tokens:
-        size = rng.integers(1, length + 1, rows)
-        size[:2] = length, 0
-        seg = (np.arange(length) < size[:, None]).astype(np.int32)
-        ids = rng.integers(1, config.vocab_size, (rows, length)).astype(np.int32)
-        return Tokens(ids * seg, np.arange(length, dtype=np.int32) * seg, seg)
-
-    source = tokens() if config.n_encoder_layers else None
-    target = tokens() if config.n_decoder_layers else None
-    learner = target or source
-    assert learner is not None
-    labels = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32) * learner.seg
-    made = Batch(source, target, labels, learner.seg.astype(np.float32))
-    return jax.tree.map(jnp.asarray, made)
+ROOT = Path(__file__).parents[1]
+MODEL = ModelConfig(d_model=8, d_ff=8, n_heads=2, n_encoder_layers=1, max_length=16,
+                    norm="rms", activation="relu", scan_layers=False)  # fmt: skip
+CLOCK = {"train/tokens_per_second", "train/data_wait"}
+"""The metrics that no two runs have in common."""
 
 
 @cache
-def params(config: ModelConfig) -> Any:
-    """Random parameters; quicker than the compiled initialisers, and biases are not zero."""
-    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape).astype(leaf.dtype)),
-        nn.unbox(boxed),
+def folder() -> Path:
+    """Where this session keeps what its tests share."""
+    path = Path(tempfile.mkdtemp(prefix="jaxformer-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Within it, what was compiled for one run is read from disk for the next."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(folder() / "compiled"), 0.1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def environment() -> dict[str, str]:
+    """Of a process with one device, which shares the compiled functions of its like."""
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def words() -> list[str]:
+    """Fifty words of at most six letters, the empty one among them."""
+    draw = random.Random(0)
+    return ["", "abcde", *("".join(draw.choices("abcde", k=1 + i % 6)) for i in range(48))]
+
+
+@cache
+def files() -> tuple[str, str]:
+    """Words, and the same reversed."""
+    names = str(folder() / "words.txt"), str(folder() / "reversed.txt")
+    for name, way in zip(names, (1, -1), strict=True):
+        text = "".join(word[::way] + "\n" for word in words())
+        Path(name).write_text(text, encoding="utf-8")
+    return names
+
+
+def reverse(run_dir: Path) -> TrainConfig:
+    """An encoder-decoder that begins to learn to reverse words."""
+    return TrainConfig(
+        run_dir=str(run_dir),
+        steps=7,
+        log_every=3,
+        eval_every=4,
+        save_every=5,
+        metrics=("wer", "per", "bleu"),
+        model=dataclasses.replace(MODEL, n_decoder_layers=1),
+        data=DataConfig(
+            source="parallel",
+            task="seq2seq",
+            train=files(),
+            tokenizer="char",
+            valid_fraction=0.25,
+            buckets=(8,),
+            batch_tokens=64,
+        ),
+        optim=OptimConfig(warmup=2, schedule="constant"),
+        decode=DecodeConfig(max_length=8, batch_size=1),
     )
+
+
+def masked(run_dir: Path) -> TrainConfig:
+    """An encoder, with dropout, that begins to fill in masked letters."""
+    config = reverse(run_dir)
+    data = dataclasses.replace(
+        config.data, source="text", task="mlm", train=files()[:1], lines=True
+    )
+    return dataclasses.replace(
+        config,
+        steps=8,
+        eval_every=5,
+        save_every=4,
+        metrics=(),
+        data=data,
+        model=dataclasses.replace(MODEL, dropout=0.2),
+    )
+
+
+@cache
+def reversing_run() -> Path:
+    """The finished run of `reverse`, not to be changed."""
+    run_dir = folder() / "reversing"
+    with compiled_once():
+        fit(reverse(run_dir))
+    return run_dir
+
+
+def config_file(path: Path, config: TrainConfig) -> str:
+    """Write a config file whose `get_config` returns `config`."""
+    path.write_text(
+        "from jaxformer.config import TrainConfig, from_json\n\n\n"
+        f"def get_config():\n    return from_json(TrainConfig, {to_json(config)!r})\n",
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Run Python in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def last_state(run_dir: Path) -> Restored:
+    """What the newest checkpoint of a run holds."""
+    config, _ = run.read(run_dir)
+    tx = optim.make_optimizer(config.model, config.optim, config.steps)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with Checkpoints(run_dir, keep_latest=99, keep_best=99) as checkpoints:
+        restored = checkpoints.restore(abstract_state(config.model, tx, mesh))
+    assert restored is not None
+    return restored
+
+
+def leaves(tree: Any) -> dict[str, bytes]:
+    """The bytes of every leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ).tobytes()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = read_metrics(run_dir / run.METRICS)
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two runs ended alike: every bit of their state, their place in the data, their metrics."""
+    one, other = last_state(a), last_state(b)
+    assert leaves(one.state) == leaves(other.state)
+    assert json.dumps(one.meta) == json.dumps(other.meta)
+    assert one.step == other.step
+    assert metrics(a) == metrics(b)

@@ -49,6 +49,11 @@ def stateless(function: Callable[[Array], Array]) -> Processor:
     return Processor(lambda b, w: (), lambda logits, _: function(logits), lambda state, _: state)
 
 
+def _when(condition: bool | Bool[Array, ""], function: Callable[[Array], Array]) -> Processor:
+    """`function` if the traced `condition` holds; else nothing is computed."""
+    return stateless(lambda logits: jax.lax.cond(condition, function, lambda x: x, logits))
+
+
 def temperature(t: float | Float[Array, ""]) -> Processor:
     """Divide the logits by t, measured from the largest; 0 keeps the most likely token alone."""
 
@@ -72,10 +77,10 @@ def top_k(k: int | Int[Array, ""]) -> Processor:
 
     def apply(logits):
         size = logits.shape[-1]
-        count = jnp.where(k > 0, jnp.minimum(k, size), size)
+        count = jnp.clip(k, 1, size)
         return _keep(logits, _falling(logits), jnp.full((*logits.shape[:-1], 1), count))
 
-    return stateless(apply)
+    return _when(k > 0, apply)
 
 
 def top_p(p: float | Float[Array, ""]) -> Processor:
@@ -89,10 +94,10 @@ def top_p(p: float | Float[Array, ""]) -> Processor:
         probability = jax.nn.softmax(ordered, -1)
         before = jnp.cumsum(probability, -1) - probability
         count = jnp.maximum((before < p).sum(-1, keepdims=True), 1)
-        # A rounded sum may reach 1 before the last token.
-        return _keep(logits, ordered, jnp.where(p >= 1, logits.shape[-1], count))
+        return _keep(logits, ordered, count)
 
-    return stateless(apply)
+    # A rounded sum may reach 1 before the last token, so 1 must not even try.
+    return _when(p < 1, apply)
 
 
 def min_p(p: float | Float[Array, ""]) -> Processor:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxformer import run, sharding
 from jaxformer.config import DecodeConfig, MeshConfig, TrainConfig
@@ -15,7 +17,8 @@ from jaxformer.data import pipeline, sources, tasks, tokenizer
 from jaxformer.data.sources import Example
 from jaxformer.errors import ConfigError, DataError, Stopped
 from jaxformer.generate import Model
-from jaxformer.training import optim
+from jaxformer.loading import load
+from jaxformer.training import manifest, optim
 from jaxformer.training.checkpoint import Checkpoints, lock
 from jaxformer.training.evaluate import evaluate_loss, evaluate_text, samples, spaced
 from jaxformer.training.report import Report
@@ -73,6 +76,8 @@ def fit(config: TrainConfig) -> None:
         restored = checkpoints.restore(abstract, report=print)
         if restored is None:
             state, meta, step = init_state(config.model, tx, mesh, config.seed), {}, 0
+            if config.init_from:
+                state = state._replace(params=adopt(state.params, Path(config.init_from)))
         else:
             state, meta, step = restored
             batches.set_state(meta["data"])
@@ -161,12 +166,15 @@ def evaluate_run(run_dir: Path, model: Model, decode: DecodeConfig) -> dict[str,
 def prepare(config: TrainConfig, run_dir: Path) -> tuple[TrainConfig, Data]:
     """Read and tokenise the data; make the run directory, or check that it holds this run.
 
-    Returns the config with the vocabulary's size filled in.
+    Until its first checkpoint a run may be begun anew with other options. Returns the config with
+    the vocabulary's size filled in.
     """
     train, valid = sources.read(config.data, config.seed)
     old = None
-    if run.exists(run_dir):
+    if manifest.steps(run_dir / "checkpoints"):
         old, pieces = run.read(run_dir)
+    elif config.init_from:
+        pieces = run.read(Path(config.init_from))[1]
     elif config.data.tokenizer_path:
         pieces = tokenizer.load_tokenizer(config.data.tokenizer_path)
     else:
@@ -185,6 +193,21 @@ def prepare(config: TrainConfig, run_dir: Path) -> tuple[TrainConfig, Data]:
         )
     learnt = tasks.tokenise(config.data, pieces, train, one_per_target=True)
     return config, Data(pieces, learnt, rows, valid)
+
+
+def adopt(params: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """`params` with the parameters of a trained run in their place; adapters stay as they are.
+
+    Raises `CheckpointError`, naming every parameter that differs.
+    """
+    own: dict[Any, Any] = flatten_dict(params)
+    base: dict[Any, Any] = flatten_dict(load(run_dir).params)
+    places = {path: leaf for path, leaf in own.items() if not path[-1].startswith("lora_")}
+    wanted, found = (manifest.structure(unflatten_dict(tree)) for tree in (places, base))
+    manifest.require_fit(run_dir, wanted, found, cast=True)
+    for path, leaf in places.items():
+        own[path] = jax.device_put(np.asarray(base[path], leaf.dtype), leaf.sharding)
+    return unflatten_dict(own)
 
 
 def resolve(config: TrainConfig, pieces: tokenizer.Tokenizer) -> TrainConfig:

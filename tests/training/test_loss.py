@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_models import LAYERS, toy, toy_batch, toy_params
 
 from jaxformer.config import OptimConfig
 from jaxformer.training.loss import cross_entropy
@@ -58,11 +58,11 @@ def test_large_logits_do_not_overflow():
         assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("kind", tiny.LAYERS)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_only_weighted_tokens_count(kind):
-    config = tiny.model(kind)
-    batch = tiny.batch(config)
-    params = tiny.params(config)
+    config = toy(kind)
+    batch = toy_batch(config)
+    params = toy_params(config)
     optim = OptimConfig(label_smoothing=0.1, z_loss=0.1)
 
     @partial(jax.jit, static_argnums=0)

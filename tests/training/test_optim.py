@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+from toy_models import toy, toy_params
 
 from jaxformer.config import OptimConfig
 from jaxformer.training.optim import decayed, make_optimizer, schedule
@@ -81,7 +81,7 @@ def test_only_kernels_embeddings_and_adapters_decay():
         dict(position="relative", tie_embeddings=True),
         dict(position="learned", tie_embeddings=False),
     ):
-        params = tiny.params(tiny.model("encoder-decoder", **EVERYTHING, **options))
+        params = toy_params(toy("encoder-decoder", **EVERYTHING, **options))
         names |= by_name(decayed(params))
     last = {name: name.split("/")[-1] for name in names}
     decaying = {last[name] for name in names if names[name]}
@@ -112,7 +112,7 @@ def test_is_adamw(clip):
     params = [rng.normal(size=(3, 2)), rng.normal(size=2)]
     m = v = [np.zeros_like(p) for p in params]
     tree = {"x": {"kernel": jnp.float32(params[0]), "bias": jnp.float32(params[1])}}
-    tx = make_optimizer(tiny.model(), c, 10)
+    tx = make_optimizer(toy(), c, 10)
     state = tx.init(tree)
     for t, rate in enumerate([0.05, 0.1, 0.1, 0.1 * 7 / 8], 1):
         grads = [rng.normal(size=p.shape) for p in params]
@@ -126,8 +126,8 @@ def test_is_adamw(clip):
 
 
 def test_with_lora_only_adapters_move():
-    config = tiny.model("encoder-decoder", lora_rank=2)
-    params = tiny.params(config)
+    config = toy("encoder-decoder", lora_rank=2)
+    params = toy_params(config)
     # No clipping nor warm-up to hide behind; the decay alone would move what it reached.
     c = OptimConfig(learning_rate=1.0, warmup=0, weight_decay=0.5, clip=0.0)
     tx = make_optimizer(config, c, 10)
@@ -141,8 +141,8 @@ def test_with_lora_only_adapters_move():
 
 
 def test_with_lora_the_clip_sees_only_adapters():
-    config = tiny.model(lora_rank=2)
-    params = tiny.params(config)
+    config = toy(lora_rank=2)
+    params = toy_params(config)
     c = OptimConfig(learning_rate=1.0, schedule="constant", warmup=0, clip=1.0, weight_decay=0.0)
     tx = make_optimizer(config, c, 10)
     small = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
