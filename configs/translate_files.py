@@ -19,15 +19,14 @@ def get_config() -> TrainConfig:
         metrics=("bleu", "chrf"),
         eval_examples=200,
         model=ModelConfig(
-            n_encoder_layers=3,
-            n_decoder_layers=3,
-            d_model=192,
-            d_ff=768,
-            n_heads=6,
+            n_encoder_layers=2,
+            n_decoder_layers=2,
+            d_model=128,
+            d_ff=512,
+            n_heads=4,
             max_length=256,
             norm="rms",
             activation="relu",
-            dropout=0.1,
             scan_layers=False,
         ),
         data=DataConfig(
@@ -38,6 +37,6 @@ def get_config() -> TrainConfig:
             buckets=(16, 24, 48),
             batch_tokens=3072,
         ),
-        optim=OptimConfig(learning_rate=2e-3, schedule="rsqrt", warmup=400, label_smoothing=0.1),
+        optim=OptimConfig(learning_rate=4e-3, schedule="linear", warmup=200, label_smoothing=0.1),
         decode=DecodeConfig(beams=4, batch_size=128, max_length=64),
     )

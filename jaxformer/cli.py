@@ -161,6 +161,7 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
     """Parse the options of a command on a run, whose own decode options are the defaults."""
     from jaxformer import run
 
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--run=") else [a])]
     decode = DecodeConfig()
     if "--run" in argv[:-1] and not {"-h", "--help"} & set(argv):
         decode = run.read(Path(argv[argv.index("--run") + 1]))[0].decode

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import types
 import typing
@@ -36,7 +37,10 @@ def in_range(owner: object, name: str, low: float, high: float = math.inf) -> No
     """Require field `name`, a number or a tuple of them, to lie in [low, high]; NaN never does."""
     value = getattr(owner, name)
     for v in value if isinstance(value, tuple) else (value,):
-        require(low <= v <= high, f"{name} is {v}; it must lie between {low} and {high}.")
+        require(
+            isinstance(v, int | float) and low <= v <= high,
+            f"{name} is {v!r}; it must lie between {low} and {high}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +432,7 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints kept besides, by lowest eval/loss."""
-    metrics: tuple[Literal["exact", "wer", "per", "bleu", "chrf"], ...] = ()
+    metrics: tuple[Literal["exact", "wer", "per", "bleu", "chrf", "rouge"], ...] = ()
     """What to compute on generated validation text (with the decode options)."""
     eval_examples: int = 500
     """Validation examples to generate for while training (all of them after the last step)."""
@@ -479,7 +483,7 @@ def from_json(kind: type[Config], text: str, where: str = "config") -> Config:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value`, parsed from JSON, as an instance of the annotated type `kind`."""
+    """`value`, of JSON's types, as an instance of the annotated type `kind`."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), f"{where} must be an object, not {value!r}.")
         hints = typing.get_type_hints(kind)
@@ -488,7 +492,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return kind(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        require(isinstance(value, list), f"{where} must be a list, not {value!r}.")
+        require(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}.")
         return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         require(
@@ -530,6 +534,12 @@ def read_config_file(path: str) -> TrainConfig:
         raise ConfigError(f"there is no config file {path}.{hint(path, here)}")
     get_config = runpy.run_path(path).get("get_config")
     require(isinstance(get_config, types.FunctionType), f"{path} defines no function get_config().")
-    config = typing.cast(types.FunctionType, get_config)()
+    try:
+        config = typing.cast(types.FunctionType, get_config)()
+    except TypeError as e:  # so Python speaks of a field that there is not
+        wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
+        known = typing.get_type_hints(globals().get(wrong[1], object)) if wrong else {}
+        near = hint(wrong[2], known) if wrong else ""
+        raise ConfigError(f"get_config() in {path}: {e}.{near}") from e
     require(isinstance(config, TrainConfig), f"get_config() in {path} returned no TrainConfig.")
-    return config
+    return _build(TrainConfig, dataclasses.asdict(config), path)  # Python checks no types

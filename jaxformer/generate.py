@@ -177,12 +177,12 @@ class Model:
             self.tokenizer.eos_id,
             self.tokenizer.pad_id,
         )
-        numbers = Numbers(
-            options.temperature,
+        numbers = Numbers(  # an int where a float belongs would compile anew
+            float(options.temperature),
             options.top_k,
-            options.top_p,
-            options.min_p,
-            options.length_penalty,
+            float(options.top_p),
+            float(options.min_p),
+            float(options.length_penalty),
         )
         ids = np.zeros(len(lengths), np.int32)
         ids[: len(row_ids)] = row_ids

@@ -48,6 +48,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "mesh.data at -1."
         )
     shape = (data, config.fsdp, config.tensor)
+    for group in np.array(devices).reshape(-1, config.tensor):
+        if len({device.process_index for device in group}) > 1:
+            raise ConfigError(
+                f"mesh.tensor {config.tensor} reaches over more than one process, but each process "
+                "reads rows of its own; make it a divisor of the devices of one process."
+            )
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -60,6 +66,7 @@ def check_fits(config: ModelConfig, mesh: Mesh) -> None:
             "n_kv_heads": config.kv_heads,
             "d_ff": config.d_ff,
             "vocab_size": config.vocab_size,
+            **({"d_model": config.d_model} if config.head_transform else {}),
         },
         "fsdp": {"d_model": config.d_model},
     }.items():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from jaxformer.config import ModelConfig
@@ -19,6 +20,11 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 
 QUICK = {"xla_backend_optimization_level": 0}
 """These tests compile more than they run."""
+
+
+def examples(n: int) -> settings:
+    """Try n models; a failing one is not shrunk, as that would compile hundreds."""
+    return settings(max_examples=n, phases=(Phase.explicit, Phase.generate))
 
 
 @st.composite
@@ -89,10 +95,12 @@ def abstract_params(config: ModelConfig):
 def random_params(config: ModelConfig, seed: int):
     """Parameters of which none is zero or one, so that each has its effect."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0.1, 0.4, x.shape), x.dtype),
-        nn.unbox(abstract_params(config)),
-    )
+
+    def draw(path, x):
+        mean = 1.0 if path[-1].key == "scale" else 0.1
+        return jnp.asarray(rng.normal(mean, 0.4, x.shape), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(config)))
 
 
 def random_tokens(rng: np.random.Generator, rows: int, length: int, lengths=None) -> Tokens:

@@ -35,8 +35,8 @@ from jaxformer.training.step import make_eval_step
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compiled_once() -> Iterator[None]:
-    with tiny.compiled_once():
+def _quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
         yield
 
 

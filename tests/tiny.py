@@ -50,24 +50,27 @@ def folder() -> Path:
     return path
 
 
+def set_compilation(quick: bool) -> None:
+    """Quick: little is optimised, and what was compiled for one run is read by the next."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_compilation_cache_dir", str(folder() / "compiled") if quick else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if quick else 1.0)
+    compilation_cache.reset_cache()
+
+
 @contextmanager
-def compiled_once() -> Iterator[None]:
-    """Within it, what was compiled for one run is read from disk for the next."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(folder() / "compiled"), 0.1), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def quick_compilation() -> Iterator[None]:
+    """Within it, functions compile quickly, and once for all runs."""
+    set_compilation(True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    set_compilation(False)
 
 
 def environment() -> dict[str, str]:
-    """Of a process with one device, which shares the compiled functions of its like."""
+    """Of a process with one device, which compiles quickly, and once for all of its like."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": str(folder() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
@@ -134,7 +137,7 @@ def masked(run_dir: Path) -> TrainConfig:
 def reversing_run() -> Path:
     """The finished run of `reverse`, not to be changed."""
     run_dir = folder() / "reversing"
-    with compiled_once():
+    with quick_compilation():
         fit(reverse(run_dir))
     return run_dir
 

@@ -90,7 +90,9 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", init, shape, jnp.dtype(cfg.param_dtype))
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return jnp.take(self.embedding, ids, axis=0).astype(self.config.compute_dtype)
+        # Rows of a table cut along its width would have to be cut anew for the batch.
+        table = constrain(self.embedding, self.axis, None)
+        return jnp.take(table, ids, axis=0).astype(self.config.compute_dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of `x` against every row of the table, in float32."""

@@ -63,6 +63,18 @@ def chrf(predictions: Sequence[str], references: References) -> float:
     return _sacrebleu("CHRF", predictions, references)[0]
 
 
+def rouge(predictions: Sequence[str], references: References) -> float:
+    """Mean ROUGE-L F1 against the best reference, in percent (Lin 2004)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    scores = [
+        scorer.score_multi(list(choices), prediction)["rougeL"].fmeasure
+        for prediction, choices in zip(predictions, references, strict=True)
+    ]
+    return 100 * sum(scores) / max(len(scores), 1)
+
+
 def bleu_signature(predictions: Sequence[str], references: References) -> str:
     """How that BLEU was computed, as sacrebleu writes it."""
     return _sacrebleu("BLEU", predictions, references)[1]
@@ -85,4 +97,5 @@ METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
     "per": per,
     "bleu": bleu,
     "chrf": chrf,
+    "rouge": rouge,
 }

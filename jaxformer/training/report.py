@@ -33,7 +33,7 @@ class Report:
         run.write_atomically(self._path, text)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, emoji=False)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(),

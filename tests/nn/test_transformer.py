@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_configs import (
     VOCAB,
     as_tokens,
     batch_for,
+    examples,
     logits,
     model_configs,
     random_params,
@@ -101,17 +102,17 @@ def check(config, seed):
         target = target._replace(ids=jnp.where(future, other_ids(target.ids), target.ids))
         after = logits(config, params, batch_for(config, source, target))
         np.testing.assert_array_equal(after[:, :at], before[:, :at])
-        assert (abs(after - before)[:, at].max(-1) > 1e-3).all()
+        assert (abs(after - before)[:, at].max(-1) > 1e-4).all()
 
 
-@settings(max_examples=8)
+@examples(6)
 @given(model_configs(), seeds)
 def test_a_token_depends_on_nothing_it_may_not_see(config, seed):
     check(config, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@examples(30)
 @given(model_configs(max_layers=3), seeds)
 def test_a_token_depends_on_nothing_it_may_not_see_in_many_models(config, seed):
     check(config, seed)
@@ -127,14 +128,14 @@ def check_longer(config, seed):
     assert_close(longer[keep], logits(config, params, batch)[keep])
 
 
-@settings(max_examples=3)
+@examples(2)
 @given(model_configs(), seeds)
 def test_more_padding_changes_nothing(config, seed):
     check_longer(config, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@examples(15)
 @given(model_configs(), seeds)
 def test_more_padding_changes_nothing_in_many_models(config, seed):
     check_longer(config, seed)

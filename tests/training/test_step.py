@@ -148,7 +148,7 @@ def nothing_to_learn(config: ModelConfig) -> dict[str, Any]:
 )
 def test_nothing_to_learn_is_a_loss_of_zero(kind):
     config = toy(kind, norm="rms", position="none")
-    step = stepper(config, 2)
+    step = stepper(config)
     for batch in nothing_to_learn(config).values():
         state, metrics = step(start(config), batch)
         assert (metrics.loss, metrics.tokens, metrics.grad_norm, metrics.skipped) == (0, 0, 0, 0)

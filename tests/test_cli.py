@@ -1,0 +1,276 @@
+"""The command line: what it writes, what it refuses, and how it exits."""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import jaxformer
+from jaxformer import run
+from jaxformer.cli import main
+from jaxformer.config import DecodeConfig
+from jaxformer.data.tokenizer import ByteTokenizer
+from jaxformer.training import loop
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    """Run a command with bytes on its standard input: (exit code, output, errors)."""
+
+    def command(*arguments: str, given: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+        monkeypatch.setattr("sys.argv", ["jaxformer", *arguments])
+        try:
+            code = main()
+        except SystemExit as e:  # from the parser of options
+            assert isinstance(e.code, int)
+            code = e.code
+        out, errors = capfd.readouterr()
+        assert "Traceback" not in errors
+        return code, out, errors
+
+    return command
+
+
+RUN = ("--run", "reversing")
+TEXTS = [b"abc", b"", b"e", b"dcba", b"c d"]
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tiny.reversing_run().parent)
+
+
+def test_one_line_for_each_line_in_order(command: Any):
+    wanted = jaxformer.load("reversing").generate([text.decode() for text in TEXTS])
+    for ends in (b"\n", b"\r\n"):
+        code, out, errors = command("generate", *RUN, given=ends.join(TEXTS))
+        assert (code, errors) == (0, "")
+        assert out == "".join(text + "\n" for text in wanted)
+    assert len(set(wanted)) > 1
+    assert command("generate", *RUN, given=b"") == (0, "", "")
+
+
+def test_chunks_neither_change_samples_nor_order(command: Any, monkeypatch: pytest.MonkeyPatch):
+    given, options = b"\n".join(TEXTS), ("--samples", "2", "--max_length", "8", "--json")
+    whole = command("generate", *RUN, *options, given=given)
+    assert whole[0] == 0 and len(set(whole[1].splitlines())) == len(TEXTS)
+    monkeypatch.setattr("jaxformer.cli.AT_ONCE", 2)
+    for a, b in zip(
+        whole[1].splitlines(),
+        command("generate", *RUN, *options, given=given)[1].splitlines(),
+        strict=True,
+    ):
+        one, other = json.loads(a), json.loads(b)
+        assert one["text"] == other["text"]
+        assert [h["ids"] for h in one["hypotheses"]] == [h["ids"] for h in other["hypotheses"]]
+
+
+def test_json_has_the_best_and_their_scores(command: Any):
+    options = ("--json", "--samples", "3", "--n_best", "2", "--seed", "5")
+    code, out, _ = command("generate", *RUN, *options, given=b"abc\nde")
+    assert code == 0
+    decode = dataclasses.replace(
+        jaxformer.load("reversing").defaults, samples=3, n_best=2, seed=5
+    )
+    wanted = jaxformer.load("reversing").hypotheses(["abc", "de"], decode)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [set(row) for row in rows] == [{"text", "hypotheses"}] * 2
+    for row, result in zip(rows, wanted, strict=True):
+        assert row["text"] == row["hypotheses"][0]["text"] == result.hypotheses[0].text
+        for found, hypothesis in zip(row["hypotheses"], result.hypotheses, strict=True):
+            assert found == json.loads(json.dumps(hypothesis._asdict()))
+
+
+def test_a_line_too_long_fails_alone(command: Any):
+    given = b"ab\n" + b"a" * 16 + b"\nde"
+    code, out, errors = command("generate", *RUN, given=given)
+    lines = out.split("\n")
+    assert code == 0 and len(lines) == 4 and lines[1] == "" and lines[0] and lines[2]
+    assert errors.startswith("jaxformer: line 2: the text has 17 tokens, but the model reads")
+    code, out, errors = command("generate", *RUN, "--json", given=given)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, errors) == (0, "")
+    assert [list(row) for row in rows] == [["text", "hypotheses"], ["error"], ["text", "hypotheses"]]
+    assert [rows[0]["text"], rows[2]["text"]] == [lines[0], lines[2]]
+
+
+def test_control_characters_never_reach_a_terminal(command: Any, monkeypatch: pytest.MonkeyPatch):
+    text = "a\n\x1b[31m\t\u2028é"
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: text)
+    monkeypatch.setattr(type(jaxformer.load("reversing").tokenizer), "decode", lambda *_: text)
+    code, out, _ = command("generate", *RUN, given=b"abc")
+    assert (code, out) == (0, "a\\n\\x1b[31m\\t\\u2028é\n")
+    code, out, _ = command("generate", *RUN, "--json", given=b"abc")
+    assert code == 0 and json.loads(out)["text"] == text and out.count("\n") == 1
+
+
+def test_what_is_not_utf_8_is_named_by_line(command: Any):
+    code, _, errors = command("generate", *RUN, given=b"ab\ncd\nx\xff\n")
+    assert code == 3
+    assert "line 3" in errors and "not UTF-8" in errors and "byte 1" in errors
+
+
+def test_evaluate_agrees_with_training(command: Any):
+    code, out, errors = command("evaluate", *RUN)
+    assert (code, errors) == (0, "")
+    scores, logged = json.loads(out), tiny.metrics(tiny.reversing_run())[-1]
+    assert scores.keys() == logged.keys() - {"step"}
+    for name, value in scores.items():
+        assert value == (value if isinstance(value, str) else pytest.approx(logged[name], rel=1e-6))
+    old = json.loads(command("evaluate", *RUN, "--step", "5")[1])
+    assert old["eval/loss"] != pytest.approx(scores["eval/loss"], rel=1e-6)
+
+
+def test_a_step_that_is_not_there(command: Any):
+    code, _, errors = command("evaluate", *RUN, "--step", "6")
+    assert code == 4 and "no checkpoint of step 6, only of [5, 7]" in errors
+
+
+def test_a_tokenizer_made_before_the_run(command: Any, tmp_path: Path):
+    config = tiny.reverse(tmp_path / "run")
+    file, output = tiny.config_file(tmp_path / "config.py", config), tmp_path / "letters"
+    code, out, _ = command("tokenizer", "--config", file, "--output", str(output))
+    assert code == 0 and out.startswith(f"{output}: 9 ids, SHA-256 ")
+    # Other data: of its own, the run would have made another tokenizer.
+    other = tmp_path / "other.txt"
+    other.write_text("xyz\n" * 20)
+    data = dataclasses.replace(
+        config.data, tokenizer_path=str(output), train=(str(other), str(other))
+    )
+    resolved, prepared = loop.prepare(dataclasses.replace(config, data=data), tmp_path / "run")
+    assert prepared.tokenizer.hash in out
+    assert run.read(tmp_path / "run")[1] == prepared.tokenizer
+    assert resolved.model.vocab_size == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("top_p", "0", "top_p is 0.0; it must be over 0 and at most 1"),
+        ("top_p", "1.5", "top_p is 1.5"),
+        ("top_p", "nan", "top_p is nan"),
+        ("temperature", "-1", "temperature is -1.0; it must lie between 0"),
+        ("temperature", "nan", "temperature is nan"),
+        ("beams", "-4", "beams is -4; it must lie between 1"),
+        ("n_best", "2", "n_best 2 is more than the 1 hypotheses"),
+        ("temprature", "1", "Perhaps you meant"),
+        ("beams", "many", "--beams"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(command: Any, option: str, value: str, says: str):
+    for name in ("generate", "evaluate"):
+        code, out, errors = command(name, *RUN, f"--{option}", value)
+        assert (code, out) == (2, "") and says in errors
+
+
+def test_commands_and_runs_that_are_not_there(command: Any, tmp_path: Path):
+    code, _, errors = command("trian")
+    assert code == 2 and "no command 'trian'. Did you mean 'train'?" in errors
+    assert command()[0] == 2
+    assert command("--help")[0] == 0
+    code, _, errors = command("generate", "--run", str(tmp_path))
+    assert code == 4 and f"{tmp_path} is no run directory" in errors
+    assert command("generate")[0] == 2
+    code, _, errors = command("train", "--config", "konfig.py")
+    assert code == 2 and "no config file konfig.py" in errors
+
+
+def test_a_swapped_tokenizer_is_refused(command: Any, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    ByteTokenizer().save(tmp_path / "run" / "tokenizer")
+    for name in ("generate", "evaluate"):
+        code, out, errors = command(name, "--run", str(tmp_path / "run"), given=b"a")
+        assert (code, out) == (4, "") and "not the one the model was trained with" in errors
+
+
+def test_a_misspelt_field_of_a_run_is_named(command: Any, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"n_heads"', '"n_headz"'))
+    code, _, errors = command("generate", "--run", str(tmp_path / "run"))
+    assert code == 2 and f"{path}.model has no field 'n_headz'. Did you mean 'n_heads'?" in errors
+
+
+def test_a_run_directory_that_cannot_be_written(command: Any, tmp_path: Path):
+    (tmp_path / "file").touch()
+    begin = time.monotonic()
+    file = tiny.config_file(tmp_path / "config.py", tiny.reverse(tmp_path / "file" / "run"))
+    code, out, errors = command("train", "--config", file)
+    assert (code, out) == (4, "") and f"cannot write to {tmp_path}/file/run: Not a dir" in errors
+    assert time.monotonic() - begin < 2  # before anything compiles
+
+
+def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    options = json.loads((tmp_path / "run" / "config.json").read_text())
+    options["decode"] = dataclasses.asdict(DecodeConfig(max_length=2, temperature=0.0))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(options))
+    for options, most in (((), 2), (("--max_length", "4"), 4)):
+        _, out, _ = command("generate", f"--run={tmp_path}/run", "--json", *options, given=b"abc")
+        (hypothesis,) = json.loads(out)["hypotheses"]
+        assert (hypothesis["finish"], len(hypothesis["ids"])) == ("limit", most)
+
+
+# Real processes.
+
+PROGRAM = """
+import sys
+from jaxformer.cli import main
+
+code = main(sys.argv[1:])
+heavy = {"tensorflow", "tensorflow_datasets", "torch"} & sys.modules.keys()
+sys.exit(f"{heavy} imported" if heavy else code)
+"""
+
+
+@pytest.mark.slow
+def test_train_py_and_no_tensorflow(tmp_path: Path):
+    file = tiny.config_file(tmp_path / "config.py", tiny.reverse(tmp_path / "elsewhere"))
+    here = str(tmp_path / "run")
+    options = ("--config", file, "--run_dir", here, "--metrics", "--steps")
+    for program, steps in (
+        ([str(tiny.ROOT / "train.py")], "2"),
+        (["-c", PROGRAM, "train"], "4"),
+    ):
+        with tiny.start(*program, *options, steps) as process:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+        assert tiny.metrics(tmp_path / "run")[-1]["step"] == int(steps)
+    assert not (tmp_path / "elsewhere").exists()
+    assert math.isfinite(tiny.metrics(tmp_path / "run")[-1]["eval/loss"])
+
+
+@pytest.mark.slow
+def test_a_broken_pipe_is_quiet():
+    command = [sys.executable, "-m", "jaxformer.cli", "generate", *RUN]
+    with subprocess.Popen(
+        command,
+        env=tiny.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.write(b"abc\n" * 5000)
+        process.stdin.close()
+        errors = process.stderr.read()
+        assert process.wait(60) == 141
+    assert errors == b""

@@ -1,0 +1,260 @@
+"""Text in, text out: properties of a loaded model and of models with lively parameters."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+import jaxformer
+from jaxformer import run
+from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
+from jaxformer.data import pipeline
+from jaxformer.data.tokenizer import N_SPECIAL, SymbolTokenizer
+from jaxformer.errors import ConfigError
+from jaxformer.generate import Model, _decode
+from jaxformer.nn import transformer
+from jaxformer.training import loop
+from jaxformer.training.loop import fit
+
+LETTERS = SymbolTokenizer(tuple("abcde"), "")
+TEXTS = ["", "a", "ebc", "dd", "abcde", "cabbed", "bead"]  # all in one bucket: one compilation
+LONGEST = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation() -> Iterator[None]:
+    with tiny.quick_compilation():
+        yield
+
+
+@cache
+def parameters(config: ModelConfig) -> dict[str, Any]:
+    return jax.jit(lambda: nn.unbox(transformer.init(config, jax.random.key(0))))()
+
+
+def model(kind: str, eos: float = 1.0) -> Model:
+    """A model that writes varied letters and sometimes ends; nothing is trained."""
+    config = ModelConfig(
+        vocab_size=LETTERS.vocab_size,
+        n_encoder_layers=int(kind == "encoder-decoder"),
+        n_decoder_layers=1,
+        d_model=8,
+        d_ff=8,
+        n_heads=2,
+        max_length=LONGEST,
+        embed_init_std=1.0,
+        tie_embeddings=False,  # or each token would repeat itself
+        head_bias=True,
+        initializer="normal",
+        init_std=0.7,
+        scan_layers=False,
+    )
+    bias = np.zeros(LETTERS.vocab_size, np.float32)
+    bias[:N_SPECIAL] = -1e4  # ids that stand for no text would not come back from it
+    bias[LETTERS.eos_id] = eos
+    params = parameters(config)
+    params = params | {"head": params["head"] | {"bias": params["head"]["bias"] + bias}}
+    data = DataConfig(task="seq2seq" if config.n_encoder_layers else "lm", tokenizer="char")
+    return Model(config, params, LETTERS, data, DecodeConfig())
+
+
+@pytest.fixture(scope="module", params=["encoder-decoder", "decoder-only"])
+def lively(request: pytest.FixtureRequest) -> Model:
+    return model(request.param)
+
+
+GREEDY = DecodeConfig()
+BEAMS = DecodeConfig(beams=3, n_best=3)
+SAMPLES = DecodeConfig(samples=3, n_best=3, seed=7)
+ways = pytest.mark.parametrize("way", [GREEDY, BEAMS, SAMPLES], ids=["greedy", "beam", "sample"])
+
+
+def assert_same(a: list, b: list) -> None:
+    """The same hypotheses; their scores as near as other shapes allow."""
+    for x, y in zip(a, b, strict=True):
+        assert x.error == y.error
+        assert [(h.ids, h.finish) for h in x.hypotheses] == [(h.ids, h.finish) for h in y.hypotheses]
+        for g, h in zip(x.hypotheses, y.hypotheses, strict=True):
+            assert (g.score, g.log_prob) == pytest.approx((h.score, h.log_prob), abs=1e-4)
+
+
+@ways
+def test_the_score_of_decoding_is_that_of_scoring(lively: Model, way: DecodeConfig):
+    results = lively.hypotheses(TEXTS, way)
+    ended = []
+    for text, result in zip(TEXTS, results, strict=True):
+        assert len(result.hypotheses) == way.n_best and not result.error
+        scores = [h.score for h in result.hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        for h in result.hypotheses:
+            penalty = ((5 + len(h.ids)) / 6) ** way.length_penalty if way.beams > 1 else 1
+            assert h.score == pytest.approx(h.log_prob / penalty, abs=1e-4)
+            if h.finish == "eos":
+                assert LETTERS.encode(h.text) == list(h.ids[:-1])
+                ended.append((text, h))
+            else:
+                taken = 1 if lively.config.n_encoder_layers else len(text) + 1
+                assert h.finish == "limit" and len(h.ids) == LONGEST - taken
+    assert len(ended) >= 2
+    scores = lively.score([text for text, _ in ended], [h.text for _, h in ended])
+    assert scores == pytest.approx([h.log_prob for _, h in ended], abs=1e-4)
+
+
+@ways
+def test_neither_batch_nor_order_matters(lively: Model, way: DecodeConfig):
+    together = lively.hypotheses(TEXTS, way)
+    assert_same(together, lively.hypotheses(TEXTS, dataclasses.replace(way, batch_size=1)))
+    if way.samples:  # the key of a row is its place
+        again = [lively.hypotheses([t], way, first_row=i)[0] for i, t in enumerate(TEXTS)]
+        assert_same(together, again)
+        distinct = {h.ids for result in together for h in result.hypotheses}
+        assert len(distinct) > len(TEXTS)
+        other = lively.hypotheses(TEXTS, dataclasses.replace(way, seed=8))
+        assert [r.hypotheses[0].ids for r in other] != [r.hypotheses[0].ids for r in together]
+    else:
+        assert_same(together, lively.hypotheses(TEXTS[::-1], way)[::-1])
+
+
+def test_what_is_exactly_greedy():
+    lively = model("decoder-only")
+    greedy = lively.hypotheses(TEXTS, GREEDY)
+    for option in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert_same(greedy, lively.hypotheses(TEXTS, DecodeConfig(**option)))
+    assert lively.generate(TEXTS) == [r.hypotheses[0].text for r in greedy]
+
+
+def test_numbers_compile_nothing_anew():
+    lively = model("decoder-only")
+    lively.hypotheses(TEXTS, DecodeConfig(temperature=0.7))
+    lively.hypotheses(TEXTS, DecodeConfig(beams=3, length_penalty=0.5))
+    before = _decode._cache_size()
+    for option in ({"temperature": 2}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3},
+                   {"min_p": 0.1}, {"min_p": 1}, {"samples": 1, "seed": 3}):  # fmt: skip
+        lively.hypotheses(TEXTS, DecodeConfig(**option))
+    lively.hypotheses(TEXTS[::-1], DecodeConfig(beams=3, length_penalty=1))
+    assert _decode._cache_size() == before
+    lively.hypotheses(TEXTS, DecodeConfig(samples=2))
+    assert _decode._cache_size() > before
+
+
+def test_lengths_compile_once_a_bucket():
+    writer = model("encoder-decoder")
+    writer = dataclasses.replace(writer, config=dataclasses.replace(writer.config, norm_eps=1e-5))
+    before = _decode._cache_size()  # for no other model of these options
+    for length in range(14):  # 1 to 14 tokens: buckets of 8 and 16
+        writer.hypotheses(["a" * length], DecodeConfig(max_length=4))
+    assert _decode._cache_size() - before == 2
+
+
+def test_more_than_the_vocabulary():
+    lively = model("decoder-only")
+    size = LETTERS.vocab_size
+    wide = DecodeConfig(beams=size + 3, n_best=size + 3, max_length=3)
+    for result in lively.hypotheses(TEXTS[:2], wide):
+        found = [h.ids for h in result.hypotheses]
+        assert len(set(found)) == len(found) == size + 3
+        assert all(np.isfinite([h.score, h.log_prob]).all() for h in result.hypotheses)
+    wide = DecodeConfig(top_k=size + 3, samples=3, n_best=3, seed=7)
+    assert_same(lively.hypotheses(TEXTS, wide), lively.hypotheses(TEXTS, SAMPLES))
+
+
+def test_the_end_first_is_empty_text():
+    mute = model("decoder-only", eos=50.0)
+    for way in (GREEDY, SAMPLES):
+        for result in mute.hypotheses(TEXTS, way):
+            for h in result.hypotheses:
+                assert (h.text, h.ids, h.finish) == ("", (LETTERS.eos_id,), "eos")
+                assert h.log_prob == pytest.approx(0, abs=1e-6)
+
+
+def test_a_text_too_long_fails_alone(lively: Model):
+    # An encoder reads the end too; a decoder needs a start, and room for one more token.
+    most = LONGEST - (1 if lively.config.n_encoder_layers else 2)
+    texts = ["ab", "a" * (most + 1), "a" * most, "a" * 99]
+    results = lively.hypotheses(texts, GREEDY)
+    assert [bool(result.error) for result in results] == [False, True, False, True]
+    assert "99" in results[3].error.replace("100", "99") and str(LONGEST) in results[3].error
+    assert_same(results[:1], lively.hypotheses(texts[:1], GREEDY))
+    assert len(results[2].hypotheses) == 1 and len(results[2].hypotheses[0].ids) >= 1
+    with pytest.warns(UserWarning, match="text 0: the text has"):
+        assert lively.generate([texts[1]]) == [""]
+    with pytest.raises(ConfigError, match="pair 0 has"):
+        lively.score(["a"], ["a" * 99])
+    assert lively.hypotheses([], GREEDY) == [] and lively.score([], []) == []
+
+
+def test_max_length_and_the_default_options():
+    lively = model("decoder-only")
+    short = dataclasses.replace(lively, defaults=DecodeConfig(max_length=2, top_k=1))
+    results = short.hypotheses(TEXTS)
+    assert max(len(r.hypotheses[0].ids) for r in results) == 2
+    assert Counter(r.hypotheses[0].finish for r in results).keys() <= {"eos", "limit"}
+
+
+# A trained run.
+
+
+def test_a_run_loads():
+    run_dir = tiny.reversing_run()
+    trained = jaxformer.load(str(run_dir))
+    config, data = loop.prepare(run.read(run_dir)[0], run_dir)
+    assert (trained.config, trained.tokenizer, trained.defaults) == (
+        config.model, data.tokenizer, config.decode,
+    )  # fmt: skip
+    assert tiny.leaves(trained.params) == tiny.leaves(tiny.last_state(run_dir).state.params)
+    assert tiny.leaves(jaxformer.load(run_dir, step=5).params) != tiny.leaves(trained.params)
+    batch = next(
+        pipeline.evaluation_batches(config.data, data.valid, data.tokenizer, multiple=1)
+    )
+    logits = trained.logits(batch)
+    assert logits.shape == (*batch.labels.shape, config.model.vocab_size)
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    log_prob = np.take_along_axis(log_probs, batch.labels[..., None], -1)[..., 0]
+    texts = [[t.decode(row.tolist()) for row in ids]
+             for t in [trained.tokenizer] for ids in (batch.source.ids, batch.labels)]  # fmt: skip
+    assert trained.score(*texts) == pytest.approx((log_prob * batch.weights).sum(1), abs=1e-4)
+
+
+def test_an_encoder_generates_nothing():
+    reader = Model(dataclasses.replace(tiny.MODEL, vocab_size=9), {}, LETTERS, DataConfig())
+    with pytest.raises(ConfigError, match="encoder-only model generates no text"):
+        reader.generate(["a"])
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_on_loading(tmp_path: Path):
+    config = tiny.reverse(tmp_path)
+    config = dataclasses.replace(
+        config,
+        steps=3,
+        metrics=(),
+        init_from=str(tiny.reversing_run()),
+        model=dataclasses.replace(
+            config.model, lora_rank=2, lora_targets=("query", "value", "up", "down")
+        ),
+        optim=dataclasses.replace(config.optim, learning_rate=0.1, warmup=0),
+    )
+    fit(config)
+    resolved, data = loop.prepare(run.read(tmp_path)[0], tmp_path)
+    tuned, base = jaxformer.load(tmp_path), jaxformer.load(tiny.reversing_run())
+    assert tuned.config == dataclasses.replace(resolved.model, lora_rank=0)
+    assert tuned.tokenizer == base.tokenizer
+    assert jax.tree.structure(tuned.params) == jax.tree.structure(base.params)
+    batch = next(
+        pipeline.evaluation_batches(config.data, data.valid, data.tokenizer, multiple=1)
+    )
+    params = tiny.last_state(tmp_path).state.params
+    adapted = jax.jit(transformer.apply, static_argnums=0)(resolved.model, params, batch)
+    np.testing.assert_allclose(tuned.logits(batch), adapted, atol=1e-5)
+    assert not np.allclose(base.logits(batch), adapted, atol=1e-2)
+    changed = {k for k, v in tiny.leaves(tuned.params).items() if v != tiny.leaves(base.params)[k]}
+    assert changed and all("kernel" in k for k in changed)
+    assert not any("embed" in k or "norm" in k or "out" in k for k in changed)
