@@ -13,7 +13,7 @@ def get_config() -> TrainConfig:
     """A small encoder-decoder, which ten minutes on two CPU cores begin to train."""
     return TrainConfig(
         run_dir="runs/translate",
-        steps=2000,
+        steps=1500,
         eval_every=500,
         save_every=500,
         metrics=("bleu", "chrf"),

@@ -18,8 +18,12 @@ KINDS = ("encoder-decoder", "decoder-only", "encoder-only")
 DECODERS = KINDS[:2]
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""These tests compile more than they run."""
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+"""These tests compile more than they run: this takes a third of the time."""
 
 
 def examples(n: int) -> settings:

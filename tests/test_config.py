@@ -48,7 +48,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def configs(draw: st.DrawFn) -> TrainConfig:
     """The default with a few options changed, in each of its parts."""
-    parts = {}
+    parts: dict[str, Any] = {}
+    part: Any
     for name, part in [*((k, v) for k, v in vars(DEFAULT).items()), ("", DEFAULT)]:
         if name and not dataclasses.is_dataclass(part):
             continue
@@ -190,7 +191,13 @@ def test_what_follows_from_other_options():
     both = dataclasses.replace(model, n_decoder_layers=2, n_kv_heads=2, head_dim=8)
     assert (both.kind, both.kv_heads, both.dim_per_head) == ("encoder-decoder", 2, 8)
     assert not DecodeConfig(beams=4).sampling and DecodeConfig(beams=4).width == 4
-    for option in ({"temperature": 0.5}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1}):
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.5},
+        {"top_k": 1},
+        {"top_p": 0.5},
+        {"min_p": 0.1},
+    ]
+    for option in ways:
         assert DecodeConfig(**option).sampling
     assert DecodeConfig(samples=3).width == 3
 

@@ -150,6 +150,7 @@ def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path
     tiny.assert_same_run(tmp_path, masked_run)
 
 
+@pytest.mark.slow
 def test_stopped_in_decoding(tmp_path: Path):
     config = tiny.reverse(tmp_path)
     interrupt(config, "SIGTERM", in_decoding)

@@ -137,8 +137,7 @@ def masked(run_dir: Path) -> TrainConfig:
 def reversing_run() -> Path:
     """The finished run of `reverse`, not to be changed."""
     run_dir = folder() / "reversing"
-    with quick_compilation():
-        fit(reverse(run_dir))
+    fit(reverse(run_dir))
     return run_dir
 
 
@@ -179,7 +178,7 @@ def leaves(tree: Any) -> dict[str, bytes]:
     """The bytes of every leaf, by its path."""
     return {
         jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         ).tobytes()
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }

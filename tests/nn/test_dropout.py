@@ -1,6 +1,7 @@
 """Dropout is random by its key, keeps the mean, and is off unless training asks for it."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,14 @@ TOKENS = random_tokens(np.random.default_rng(0), 2, 6)
 PARAMS, BATCH = random_params(OFF, 0), batch_for(OFF, TOKENS, TOKENS)
 
 
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def apply(config, deterministic, rngs):
+    return Transformer(config, deterministic).apply({"params": PARAMS}, BATCH, rngs=rngs)
+
+
 def run(config, key, deterministic=False):
     rngs = None if key is None else {"dropout": jax.random.key(key)}
-    with jax.disable_jit():
-        model = Transformer(config, deterministic)
-        return model.apply({"params": PARAMS}, BATCH, rngs=rngs)
+    return apply(config, deterministic, rngs)
 
 
 def test_dropout_is_off_unless_it_is_asked_for():
@@ -47,21 +51,15 @@ def test_no_two_layers_drop_the_same():
 
     def record(call, args, kwargs, context):
         out = call(*args, **kwargs)
-        if isinstance(context.module, nn.Dropout) and not isinstance(out, jax.core.Tracer):
-            masks.append(np.asarray(out == 0).tobytes())
+        if isinstance(context.module, nn.Dropout):
+            jax.debug.callback(lambda zero: masks.append(zero.tobytes()), out == 0)
         return out
 
-    with nn.intercept_methods(record):
-        run(ON, 0)
+    with nn.intercept_methods(record):  # a config of its own, which is not compiled yet
+        jax.block_until_ready(run(dataclasses.replace(ON, dropout=0.6), 0))
+    jax.effects_barrier()
     assert len(masks) == 1 + 2 * 4  # embeddings; attention, MLP and two sums a layer
     assert len(set(masks)) == len(masks)
-
-
-def mean_over_keys(module, params, *args):
-    keys = jax.random.split(jax.random.key(0), 4000)
-    run = jax.vmap(lambda key: module.apply({"params": params}, *args, rngs={"dropout": key}))
-    values = np.asarray(jax.jit(run, compiler_options=QUICK)(keys))
-    return values.mean(0), 6 * values.std(0) / len(keys) ** 0.5 + 1e-5
 
 
 class SelfAttention(nn.Module):
@@ -86,9 +84,15 @@ class FeedForward(nn.Module):
 @pytest.mark.parametrize("module", [SelfAttention, FeedForward])
 def test_dropout_keeps_the_mean(module):
     """Outputs are linear in what is dropped: attention weights, and the feed-forward layer's."""
-    x = jax.random.normal(jax.random.key(1), (1, 6, 8))
-    params = nn.unbox(module(True).init(jax.random.key(2), x)["params"])
-    mean, allowed = mean_over_keys(module(False), params, x)
-    wanted = module(True).apply({"params": params}, x)
-    assert (abs(mean - wanted) < allowed).all()
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def outputs(x, keys):
+        variables = nn.unbox(module(True).init(jax.random.key(2), x))
+        dropped = jax.vmap(lambda key: module(False).apply(variables, x, rngs={"dropout": key}))
+        return module(True).apply(variables, x), dropped(keys)
+
+    x = np.random.default_rng(0).normal(size=(1, 6, 8)).astype(np.float32)
+    wanted, dropped = outputs(x, jax.random.split(jax.random.key(0), 4000))
+    allowed = 6 * np.std(dropped, axis=0) / 4000**0.5 + 1e-5
+    assert (abs(np.mean(dropped, axis=0) - wanted) < allowed).all()
     assert abs(wanted).max() > 20 * allowed.min()  # so that a factor would be seen

@@ -78,7 +78,7 @@ def test_loops_and_recomputation_change_nothing(way):
 
 
 def test_recomputation_computes_again():
-    """Products of the forward pass that the backward pass repeats: none, of attention, all."""
+    """Products that the backward pass repeats: none, attention's two, or the projections too."""
 
     def products(jaxpr):
         here = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
@@ -91,10 +91,8 @@ def test_recomputation_computes_again():
         grad = jax.grad(partial(loss, dataclasses.replace(CONFIG, remat=remat)), has_aux=True)
         counts.append(products(jax.make_jaxpr(grad)(params, data).jaxpr))
     none, dots, full = counts
-    projections = 4 + 3
-    print(counts)
-    assert none < dots < full
-    assert full - dots == projections, counts
+    assert dots == none + 2
+    assert full == dots + 6  # of 7: what the last one gives, its own gradient does not need
 
 
 @pytest.mark.slow
@@ -133,8 +131,8 @@ DTYPES = [
 ]
 
 
-@examples(10)
-@given(model_configs(), st.sampled_from(DTYPES))
+@examples(6)
+@given(model_configs(max_layers=1), st.sampled_from(DTYPES))
 def test_no_type_is_promoted_by_accident(config, dtypes):
     """Forward and backward, traced only."""
     param, compute = dtypes
@@ -161,11 +159,10 @@ def test_narrow_types_are_near_float32(dtypes):
         assert error < 0.1 * np.linalg.norm(exactly) + 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_rows_that_see_nothing_have_finite_gradients(dtype):
+def test_rows_that_see_nothing_have_finite_gradients():
     """Rows: all padding; a target without a source; a source without a target."""
     config = dataclasses.replace(
-        CONFIG, n_encoder_layers=1, n_decoder_layers=1, norm="rms", compute_dtype=dtype
+        CONFIG, n_encoder_layers=1, n_decoder_layers=1, norm="rms", compute_dtype="float16"
     )
     rng = np.random.default_rng(0)
     source, target = (random_tokens(rng, 3, 6, n) for n in ([0, 0, 6], [0, 6, 0]))

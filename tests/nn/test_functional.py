@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from random_configs import QUICK
 
 from jaxformer.nn import functional as f
 from jaxformer.types import NOWHERE
 
+attend = jax.jit(f.attend, static_argnames=("cap", "drop"), compiler_options=QUICK)
 rng = np.random.default_rng(0)
 close = dict(rtol=1e-5, atol=1e-5)
 
@@ -91,7 +93,7 @@ def test_attend(heads, kv_heads, cap, biased):
                 scores[s] = np.exp(score)
         for s, score in scores.items():
             wanted[b, t, n] += score / sum(scores.values()) * value[b, s, k]
-    got = f.attend(
+    got = attend(
         *map(jnp.asarray, (query, key, value, mask)), jnp.array(bias) if biased else None, cap=cap
     )
     np.testing.assert_allclose(got, wanted, **close)
@@ -100,15 +102,15 @@ def test_attend(heads, kv_heads, cap, biased):
 def test_attend_broadcasts_mask_and_bias_over_rows():
     query, key, value = (jnp.array(normal(2, 3, 2, 4)) for _ in range(3))
     mask, bias = jnp.tril(jnp.ones((1, 3, 3), bool)), jnp.array(normal(1, 2, 3, 3))
-    one = f.attend(query, key, value, mask, bias)
-    both = f.attend(query, key, value, jnp.tile(mask, (2, 1, 1)), jnp.tile(bias, (2, 1, 1, 1)))
+    one = attend(query, key, value, mask, bias)
+    both = attend(query, key, value, jnp.tile(mask, (2, 1, 1)), jnp.tile(bias, (2, 1, 1, 1)))
     np.testing.assert_array_equal(one, both)
 
 
 def test_dropped_weights_drop_values():
     query, key, value = (jnp.array(normal(1, 2, 1, 4)) for _ in range(3))
     mask = jnp.ones((1, 2, 2), bool)
-    got = f.attend(query, key, value, mask, drop=lambda w: w.at[..., 1].set(0))
+    got = attend(query, key, value, mask, drop=lambda w: w.at[..., 1].set(0))
     weight = jax.nn.softmax(query[0, :, 0] @ key[0, :, 0].T)[:, :1]
     np.testing.assert_allclose(got[0, :, 0], weight * value[0, 0], **close)
 
@@ -124,7 +126,8 @@ def test_a_row_that_sees_nothing_is_finite(dtype):
         assert out.dtype == dtype
         return out.astype(jnp.float32).sum()
 
-    out, grads = jax.value_and_grad(total, argnums=(0, 1, 2))(query, key, value)
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), compiler_options=QUICK)
+    out, grads = run(query, key, value)
     assert jnp.isfinite(out)
     assert all(jnp.isfinite(grad).all() for grad in grads)
 
