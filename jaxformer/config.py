@@ -165,7 +165,8 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout", "mlp_dropout"):
             in_range(self, name, 0, 0.999)
         for name in ("rope_theta", "norm_eps", "attention_scale", "attention_softcap",
-                     "logit_softcap", "init_std", "embed_init_std"):  # fmt: skip
+                     "logit_softcap", "init_std", "embed_init_std", "embed_scale", "logit_scale",
+                     "lora_alpha"):  # fmt: skip
             in_range(self, name, 0, 1e12)
         require(
             self.n_encoder_layers + self.n_decoder_layers > 0,

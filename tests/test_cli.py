@@ -58,12 +58,14 @@ def _beside_the_run(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_one_line_for_each_line_in_order(command: Any):
-    wanted = jaxformer.load("reversing").generate([text.decode() for text in TEXTS])
-    for ends in (b"\n", b"\r\n"):
-        code, out, errors = command("generate", *RUN, given=ends.join(TEXTS))
-        assert (code, errors) == (0, "")
-        assert out == "".join(text + "\n" for text in wanted)
-    assert len(set(wanted)) > 1
+    wanted = jaxformer.load("reversing").hypotheses([text.decode() for text in TEXTS])
+    code, out, errors = command("generate", *RUN, given=b"\n".join(TEXTS))
+    assert (code, errors) == (0, "")
+    assert out == "".join(result.hypotheses[0].text + "\n" for result in wanted)
+    _, out, _ = command("generate", *RUN, "--json", given=b"\r\n".join(TEXTS))
+    scores = [json.loads(line)["hypotheses"][0]["score"] for line in out.splitlines()]
+    assert scores == [result.hypotheses[0].score for result in wanted]
+    assert len(set(scores)) > 1
     assert command("generate", *RUN, given=b"") == (0, "", "")
 
 

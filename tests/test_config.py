@@ -39,7 +39,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     simple = {
         bool: st.booleans(),
         int: st.integers(-1, 9) | st.sampled_from([64, 4096]),
-        float: st.floats(),
+        float: st.floats(allow_nan=False),
         str: st.text(max_size=5),
     }
     return simple[kind]
@@ -49,7 +49,6 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 def configs(draw: st.DrawFn) -> TrainConfig:
     """The default with a few options changed, in each of its parts."""
     parts: dict[str, Any] = {}
-    part: Any
     for name, part in [*((k, v) for k, v in vars(DEFAULT).items()), ("", DEFAULT)]:
         if name and not dataclasses.is_dataclass(part):
             continue
@@ -58,7 +57,8 @@ def configs(draw: st.DrawFn) -> TrainConfig:
         chosen = draw(st.lists(st.sampled_from(simple), max_size=2, unique=True))
         changes: dict[str, Any] = {k: draw(values(hints[k])) for k in chosen}
         try:
-            parts[name] = dataclasses.replace(part, **(changes if name else parts | changes))
+            replace: Any = dataclasses.replace
+            parts[name] = replace(part, **(changes if name else parts | changes))
         except ConfigError:
             if not name:
                 reject()

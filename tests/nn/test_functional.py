@@ -107,6 +107,12 @@ def test_attend_broadcasts_mask_and_bias_over_rows():
     np.testing.assert_array_equal(one, both)
 
 
+def test_the_least_of_scores_is_more_than_a_masked_one():
+    query, value = jnp.array([[[[-3e4]]]]), jnp.array([[[[1.0]], [[2.0]]]])
+    mask = jnp.array([[[True, False]]])
+    assert float(attend(query, jnp.ones((1, 2, 1, 1)), value, mask)[0, 0, 0, 0]) == 1
+
+
 def test_dropped_weights_drop_values():
     query, key, value = (jnp.array(normal(1, 2, 1, 4)) for _ in range(3))
     mask = jnp.ones((1, 2, 2), bool)

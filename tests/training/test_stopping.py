@@ -71,10 +71,13 @@ with StopRequest():
 @pytest.mark.parametrize("second", SIGNALS)
 def test_the_second_signal_kills_at_once(second):
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
-    with child:
+    try:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.3)  # the first is only noted
         child.send_signal(second)
-        assert child.wait(10) == -second
+        assert child.wait(5) == -second
+    finally:
+        child.kill()
+        child.communicate()

@@ -1,5 +1,7 @@
 """What a line of training metrics says of the steps since the last one."""
 
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,14 +54,18 @@ def test_too_many_bad_steps_in_a_row():
     fill(window, step(), BAD, BAD).close(3)
 
 
-def test_tokens_are_counted_without_padding():
-    window = Window()
-    for _ in range(3):
-        window.add(step(), BATCH, begin=0.0, waited=0.0)
-    # `begin` was 0: the seconds are those of the clock.
+def test_speed_is_of_tokens_without_padding(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 12.0)
+    config = toy("encoder-decoder")
+    batch, window = toy_batch(config), Window()
+    window.add(step(), batch, begin=10.0, waited=0.5)
+    window.add(step(), batch, begin=10.0, waited=1.5)
+    assert batch.source is not None and batch.target is not None
+    tokens = 2 * int(batch.source.seg.sum() + batch.target.seg.sum())
+    assert window.note() == f"{tokens / 4:,.0f} tokens/s  data 50%"
     scores = window.close(9)
-    assert BATCH.target is not None
-    assert 0 < scores["train/tokens_per_second"] < 3 * int(BATCH.target.seg.sum())
+    assert scores["train/tokens_per_second"] == tokens / 4
+    assert scores["train/data_wait"] == 0.5
 
 
 def test_is_kept_in_a_checkpoint():
