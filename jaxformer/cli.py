@@ -3,6 +3,7 @@
 Heavy imports wait until a command needs them, so that `--help` answers at once.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -145,7 +146,10 @@ def tokenizer(argv: list[str]) -> None:
 
     examples, _ = sources.read(settings.data, settings.seed)
     pieces = train_tokenizer(settings.data, tasks.texts(settings.data, examples))
-    pieces.save(Path(options.output))
+    try:
+        pieces.save(Path(options.output))
+    except OSError as e:
+        raise ConfigError(f"cannot write to {options.output}: {e.strerror}.") from None
     print(f"{options.output}: {pieces.vocab_size} ids, SHA-256 {pieces.hash}")
 
 
@@ -165,6 +169,14 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
     decode = DecodeConfig()
     if "--run" in argv[:-1] and not {"-h", "--help"} & set(argv):
         decode = run.read(Path(argv[argv.index("--run") + 1]))[0].decode
+    # An option of beam search or of sampling sets aside what the run says of the other.
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
+    if given & {"samples", "temperature", "top_k", "top_p", "min_p"}:
+        decode = dataclasses.replace(decode, beams=1, n_best=1)
+    elif "beams" in given:
+        decode = dataclasses.replace(
+            decode, samples=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, n_best=1
+        )
     default = kind(run=tyro.MISSING, decode=decode)
     return tyro.cli(kind, default=default, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
 

@@ -147,7 +147,7 @@ class ModelConfig:
     init_residual_scaled: bool = False
     """Divide the initial output projections by sqrt(2 * layers) (GPT-2)."""
 
-    param_dtype: DType = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the parameters are kept in."""
     compute_dtype: DType = "float32"
     """Type of activations and products; softmax, norms and loss are always float32."""
@@ -185,11 +185,24 @@ class ModelConfig:
             self.position != "rotary" or self.dim_per_head % 2 == 0,
             f"rotary positions need an even head_dim, not {self.dim_per_head}.",
         )
+        require(
+            self.position != "relative" or self.relative_max_distance > self.relative_buckets // 2,
+            f"relative_max_distance is {self.relative_max_distance}; it must be over half of "
+            f"relative_buckets, {self.relative_buckets // 2}.",
+        )
         require(len(self.window) > 0, "window is empty; (0,) sees everything.")
         require(len(self.rope_theta) > 0, "rope_theta is empty; (10000.0,) is usual.")
         require(
             self.position != "relative" or self.relative_buckets >= 4,
             f"relative_buckets is {self.relative_buckets}; T5's relative bias needs at least 4.",
+        )
+        require(
+            self.lora_rank == 0 or len(self.lora_targets) > 0,
+            "lora_targets is empty, so nothing would train; name projections, as query and value.",
+        )
+        require(
+            self.lora_rank == 0 or self.gated or "gate" not in self.lora_targets,
+            "lora_targets names gate, but the feed-forward layer is not gated; leave it out.",
         )
         known = ("query", "key", "value", "out", "gate", "up", "down", "head")
         for target in self.lora_targets:
@@ -373,8 +386,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         for name in ("beams", "n_best", "batch_size"):
             in_range(self, name, 1)
-        for name in ("samples", "top_k", "max_length"):
-            in_range(self, name, 0)
+        for name in ("samples", "top_k", "max_length", "seed"):
+            in_range(self, name, 0, 2**31 - 1)
         in_range(self, "temperature", 0, 1e6)
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
         in_range(self, "min_p", 0, 1)
@@ -432,9 +445,11 @@ class TrainConfig:
     keep_latest: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
-    """Checkpoints kept besides, by lowest eval/loss."""
+    """Checkpoints kept besides, by lowest eval/loss, of those that were evaluated."""
     metrics: tuple[Literal["exact", "wer", "per", "bleu", "chrf", "rouge"], ...] = ()
-    """What to compute on generated validation text (with the decode options)."""
+    """What to compute on text generated from the validation sources: percentages of examples
+    that equal a reference (exact) or none (wer: of words, where each example is one), of symbols to
+    edit (per), or sacrebleu's BLEU and chrF, or ROUGE-L."""
     eval_examples: int = 500
     """Validation examples to generate for while training (all of them after the last step)."""
     max_bad_steps: int = 10
@@ -451,6 +466,10 @@ class TrainConfig:
             in_range(self, name, 1)
         in_range(self, "keep_best", 0)
         in_range(self, "seed", 0, 2**31 - 1)
+        require(
+            "://" not in self.run_dir,
+            f"run_dir is {self.run_dir}; it must be a folder (mount remote storage as one).",
+        )
         in_range(self, "eval_examples", 0)
         task = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
         require(
@@ -524,7 +543,9 @@ def load(argv: list[str]) -> TrainConfig:
         require(at + 1 < len(argv), "--config needs the path of a config file.")
         default = read_config_file(argv[at + 1])
         argv = argv[:at] + argv[at + 2 :]
-    return tyro.cli(TrainConfig, default=default, args=argv)
+    # Booleans take a value too, as every field does.
+    conversion = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(TrainConfig, default=default, args=argv, config=conversion)
 
 
 def read_config_file(path: str) -> TrainConfig:

@@ -120,6 +120,8 @@ class Model:
 
         A decoder-only model continues the source with the target; an empty source is none.
         """
+        if self.config.n_decoder_layers == 0:
+            raise ConfigError("an encoder-only model scores no targets; use logits.")
         if len(sources) != len(targets):
             raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
         pairs = []
@@ -149,7 +151,7 @@ class Model:
         """What the encoder reads; or, without one, what the decoder is to continue."""
         if self.config.n_encoder_layers:
             return encode_source(self.data, self.tokenizer, text)
-        ids = self.tokenizer.encode(self.data.prefix + text)
+        ids = self.tokenizer.encode(text)
         return np.array([self.tokenizer.start_id, *ids], np.int32)
 
     def _too_long(self, ids: Int[np.ndarray, "T"]) -> str:

@@ -58,7 +58,7 @@ def start_two(config: Path, run_dir: Path, *options: str) -> list[subprocess.Pop
             config,
             run_dir,
             2,
-            "--distributed",
+            "--distributed=True",
             *options,
             JAX_COORDINATOR_ADDRESS=address,
             SLURM_JOB_ID="1",

@@ -1,9 +1,11 @@
 """The training run: data, state, steps, evaluation, checkpoints. The only file that ties them."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jaxformer import run, sharding
 from jaxformer.config import DecodeConfig, MeshConfig, TrainConfig
 from jaxformer.data import pipeline, sources, tasks, tokenizer
 from jaxformer.data.sources import Example
-from jaxformer.errors import ConfigError, DataError, Stopped
+from jaxformer.errors import CheckpointError, ConfigError, DataError, Stopped
 from jaxformer.generate import Model
 from jaxformer.loading import load
 from jaxformer.training import manifest, optim
@@ -37,6 +39,15 @@ class Data:
     valid: tasks.Rows
     examples: Sequence[Example]
 
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of all the ids."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.valid):
+            for ids in (rows.source_ids, rows.source_offsets, rows.target_ids, rows.target_offsets):
+                digest.update(ids.tobytes())
+        return digest.hexdigest()
+
 
 def fit(config: TrainConfig) -> None:
     """Train as configured, or go on where the run in `config.run_dir` stopped.
@@ -55,6 +66,8 @@ def fit(config: TrainConfig) -> None:
         sharding.check_fits(config.model, mesh)
         config, data = prepare(config, run_dir)
         sharding.check_fits(config.model, mesh)
+        if jax.process_index() == 0:
+            run.create(run_dir, config, data.tokenizer)
         multiple = sharding.batch_shards(mesh) * config.accumulate
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         batches = pipeline.training_batches(
@@ -80,8 +93,14 @@ def fit(config: TrainConfig) -> None:
                 state = state._replace(params=adopt(state.params, Path(config.init_from)))
         else:
             state, meta, step = restored
+            if meta["data_hash"] != data.hash:
+                raise CheckpointError(
+                    f"the data are not those that {run_dir} was trained on so far; put the files "
+                    "back as they were, or choose another run_dir, with init_from this one."
+                )
             batches.set_state(meta["data"])
-        report = stack.enter_context(Report(run_dir, step, config.steps))
+        evaluated, saved, loss = meta.get("evaluated", 0), step, None
+        report = stack.enter_context(Report(run_dir, step, config.steps, evaluated == step))
         size = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         report.say(
             f"{config.model.kind}, {size:,} parameters, mesh {dict(mesh.shape)}; "
@@ -112,10 +131,14 @@ def fit(config: TrainConfig) -> None:
             return scores["eval/loss"]
 
         window = Window.from_json(meta.get("window", []))
-        evaluated, saved, loss = meta.get("evaluated", 0), step, None
 
         def save() -> None:
-            meta = {"data": batches.get_state(), "window": window.to_json(), "evaluated": evaluated}
+            meta = {
+                "data": batches.get_state(),
+                "data_hash": data.hash,
+                "window": window.to_json(),
+                "evaluated": evaluated,
+            }
             checkpoints.save(step, state, meta, loss=loss if evaluated == step else None)
 
         try:
@@ -124,6 +147,8 @@ def fit(config: TrainConfig) -> None:
                 if evaluated != step and (last or step % config.eval_every == 0):
                     loss = evaluate(state, step)
                     evaluated = step
+                    if saved == step:  # before it was evaluated: it has no loss yet
+                        saved = -1
                 if saved != step and (last or step % config.save_every == 0):
                     save()
                     saved = step
@@ -164,14 +189,19 @@ def evaluate_run(run_dir: Path, model: Model, decode: DecodeConfig) -> dict[str,
 
 
 def prepare(config: TrainConfig, run_dir: Path) -> tuple[TrainConfig, Data]:
-    """Read and tokenise the data; make the run directory, or check that it holds this run.
+    """Read and tokenise the data, and check that what is in the run directory is this run.
 
     Until its first checkpoint a run may be begun anew with other options. Returns the config with
     the vocabulary's size filled in.
     """
     train, valid = sources.read(config.data, config.seed)
-    old = None
-    if manifest.steps(run_dir / "checkpoints"):
+    old, checkpoints = None, run_dir / "checkpoints"
+    if not run.exists(run_dir) and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise CheckpointError(
+            f"{checkpoints} holds something that jaxformer did not write, for {run_dir} has no "
+            f"{run.VERSIONS}; choose another run_dir."
+        )
+    if manifest.steps(checkpoints):
         old, pieces = run.read(run_dir)
     elif config.init_from:
         pieces = run.read(Path(config.init_from))[1]
@@ -182,8 +212,6 @@ def prepare(config: TrainConfig, run_dir: Path) -> tuple[TrainConfig, Data]:
     config = resolve(config, pieces)
     if old is not None:
         run.check_resumable(run_dir, old, config)
-    elif jax.process_index() == 0:
-        run.create(run_dir, config, pieces)
     rows = tasks.tokenise(config.data, pieces, valid, one_per_target=False)
     longest = pipeline.longest_pair(config.data, rows)
     if longest > config.model.max_length:

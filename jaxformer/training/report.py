@@ -1,6 +1,7 @@
 """What a run tells: the console, metrics.jsonl, TensorBoard and loss.png."""
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,31 @@ from rich.console import Console
 from jaxformer import run
 
 Value = float | int | str
+BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 SAMPLE_LENGTH = 100  # characters shown of each part of a sample
 
 
 class Report:
     """Writes the metrics of a run, each line as it comes; all but the first process are silent.
 
-    On a resumed run, lines after `step` are dropped first: they are about to be written again.
+    On a resumed run, lines after `step` are dropped first, and the evaluation of `step` unless it
+    is `evaluated`: they are about to be written again.
     """
 
-    def __init__(self, run_dir: Path, step: int, steps: int) -> None:
+    def __init__(self, run_dir: Path, step: int, steps: int, evaluated: bool = True) -> None:
         from tensorboardX import SummaryWriter
 
         self._lead = jax.process_index() == 0
         self._path = run_dir / run.METRICS
         if not self._lead:
             return
-        lines = [line for line in read_metrics(self._path) if line["step"] <= step]
+        lines = [
+            line
+            for line in read_metrics(self._path)
+            if line["step"] < step
+            or line["step"] == step
+            and (evaluated or "eval/loss" not in line)
+        ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         run.write_atomically(self._path, text)
         self._file = self._path.open("a", encoding="utf-8")
@@ -122,7 +131,12 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[31mb")
     'a\\\\x1b[31mb'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c.encode("unicode_escape").decode() if drives(c) else c for c in text)
+
+
+def drives(c: str) -> bool:
+    """Whether a character controls the terminal, ends the line, or turns the writing direction."""
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in BIDI
 
 
 def _short(value: Value) -> str:

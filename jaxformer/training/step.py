@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxformer import sharding
 from jaxformer.config import ModelConfig, OptimConfig
+from jaxformer.nn import lora
 from jaxformer.nn.transformer import Transformer
 from jaxformer.training.loss import cross_entropy
 from jaxformer.training.state import TrainState
@@ -64,6 +65,12 @@ def train_step(
 
     def gradient(part: Batch, part_key: Array) -> tuple[Any, Array]:
         def objective(params: Any) -> tuple[Array, Array]:
+            # What is frozen needs no gradient.
+            params = jax.tree.map(
+                lambda train, leaf: leaf if train else jax.lax.stop_gradient(leaf),
+                lora.trainable(config, params),
+                params,
+            )
             total, nll = loss_sums(config, optim, params, part, part_key)
             return total * scale, nll * scale
 
@@ -87,7 +94,7 @@ def train_step(
     norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     params, opt_state = jax.tree.map(
         partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
     )

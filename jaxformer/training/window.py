@@ -51,7 +51,7 @@ class Window:
                 raise NumericsError(
                     f"the loss or gradient was NaN or infinite {self._bad} updates in a row; the "
                     "last checkpoint is sound. Lower optim.learning_rate, raise optim.warmup, or "
-                    "use compute_dtype float32, then resume."
+                    "use compute_dtype float32, in another run_dir with init_from this one."
                 )
         good = [step for step in steps if not step[-1]]
         scores = {}

@@ -127,7 +127,6 @@ DTYPES = [
     ("bfloat16", "bfloat16"),
     ("bfloat16", "float32"),
     ("float32", "float16"),
-    ("float16", "float16"),
 ]
 
 

@@ -141,9 +141,9 @@ def test_more_padding_changes_nothing_in_many_models(config, seed):
     check_longer(config, seed)
 
 
-def changed_by(config, side: str, at: int):
+def changed_by(config, side: str, at: int, params=None):
     """Which logits of one row change with the token at `at` of its source or target."""
-    params = random_params(config, 1)
+    params = random_params(config, 1) if params is None else params
     sides = {"source": alone, "target": alone}
     before = logits(config, params, batch_for(config, **sides))
     ids = alone.ids.at[0, at].set(other_ids(alone.ids[0, at]))
@@ -184,7 +184,26 @@ def test_cross_attention_has_no_window():
     assert changed_by(config, "source", 6) == list(range(LENGTH))
 
 
-@pytest.mark.parametrize("thetas", [((10.0, 1e4), (1e4, 10.0)), ((10.0,), (1e4,))])
+@pytest.mark.parametrize(
+    ("side", "layers", "bucket", "seen_by"),
+    [
+        ("target", dict(n_decoder_layers=1), 3, [4, 7]),  # three behind
+        # One ahead, of which the last token has none: it sees all.
+        ("source", dict(n_encoder_layers=1, n_decoder_layers=0), 5, [3, 4, 7]),
+    ],
+    ids=["decoder", "encoder"],
+)
+def test_the_relative_bias_knows_before_from_after(side, layers, bucket, seen_by):
+    config = dataclasses.replace(
+        DECODER, **layers, position="relative", relative_buckets=8, relative_max_distance=20
+    )
+    params = random_params(config, 1)
+    stack = params["decoder" if side == "target" else "encoder"]
+    stack["relative_bias"] = stack["relative_bias"].at[bucket].set(1e4)
+    assert changed_by(config, side, 4, params) == seen_by
+
+
+@pytest.mark.parametrize("thetas", [((10.0, 1e4), (1e4, 10.0)), ((10.0, 1e4), (10.0,))])
 def test_each_layer_has_its_rotary_base(thetas):
     one, two = (
         dataclasses.replace(DECODER, n_decoder_layers=2, rope_theta=theta) for theta in thetas
