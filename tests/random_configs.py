@@ -84,7 +84,7 @@ def model_configs(draw, kinds=KINDS, positions=POSITIONS, max_layers=2) -> Model
         logit_softcap=pick(0.0, 8.0),
         lora_rank=pick(0, 2),
         lora_alpha=pick(1.0, 4.0),
-        lora_targets=tuple(draw(st.lists(st.sampled_from(targets), unique=True))),
+        lora_targets=tuple(draw(st.lists(st.sampled_from(targets), min_size=1, unique=True))),
         initializer=pick("lecun", "normal", "truncated_normal", "xavier"),
         init_residual_scaled=pick(False, True),
         scan_layers=pick(True, False),

@@ -40,8 +40,7 @@ def without_adapters(params):
 
 
 def check(config, seed):
-    targets = config.lora_targets or ("query", "down")
-    config = dataclasses.replace(config, lora_rank=2, lora_targets=targets)
+    config = dataclasses.replace(config, lora_rank=2)
     base = dataclasses.replace(config, lora_rank=0)
     params, rng = random_params(config, seed), np.random.default_rng(seed)
     batch = batch_for(config, random_tokens(rng, 2, 6, [6, 4]), random_tokens(rng, 2, 6))
