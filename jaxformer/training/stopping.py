@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._name = ""
-        self._old: dict[int, object] = {}
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -32,7 +32,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._name = signal.Signals(number).name
