@@ -19,6 +19,8 @@ from jaxformer.errors import ConfigError
 
 Config = TypeVar("Config")
 DType = Literal["float32", "bfloat16", "float16"]
+LARGEST = 2**26
+"""Size of any axis: configs come from elsewhere too, and are believed before anything is read."""
 
 
 def hint(word: str, known: typing.Iterable[str]) -> str:
@@ -72,8 +74,11 @@ class ModelConfig:
     """Whether LayerNorm has a bias."""
     norm_eps: float = 1e-6
     """Added to the variance before its square root."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise each sublayer's input (pre) or the residual sum after it (post)."""
+    norm_unit_offset: bool = False
+    """Multiply by 1 + scale instead of scale (Gemma)."""
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    """Normalise each sublayer's input (pre), the residual sum after it (post), or its input and
+    its output (both, Gemma 2)."""
     final_norm: bool = True
     """Normalise the output of each stack once more."""
     embed_norm: bool = False
@@ -82,8 +87,28 @@ class ModelConfig:
     position: Literal["learned", "sinusoidal", "rotary", "relative", "alibi", "none"] = "rotary"
     """How positions enter: added embeddings, rotated queries and keys (Su et al. 2021), T5's
     bucketed bias (Raffel et al. 2020), ALiBi's linear bias (Press et al. 2022), or not at all."""
+    position_offset: int = 0
+    """Rows of a learned table before that of position 0 (BART and OPT: 2, RoBERTa: 2)."""
+    sinusoid: Literal["interleaved", "halves"] = "interleaved"
+    """Sines and cosines in turn (the original Transformer), or all sines first (Marian)."""
     rope_theta: tuple[float, ...] = (10000.0,)
     """Base of the rotary wavelengths, repeated over the layers."""
+    rope_factor: tuple[float, ...] = (1.0,)
+    """How far rotary wavelengths are stretched, repeated over the layers."""
+    rope_scaling: Literal["linear", "llama3"] = "linear"
+    """Stretch all wavelengths (Chen et al. 2023), or only the long ones (Llama 3.1)."""
+    rope_original_length: int = 8192
+    """Context that the model was first trained for, by which llama3 tells long from short."""
+    rope_low_freq_factor: float = 1.0
+    """Wavelengths over rope_original_length / this are stretched in full (llama3)."""
+    rope_high_freq_factor: float = 4.0
+    """Wavelengths under rope_original_length / this are left alone (llama3)."""
+    rope_divisors: tuple[float, ...] = ()
+    """What each of the rotary frequencies is divided by besides (LongRoPE, Ding et al. 2024)."""
+    rope_magnitude: float = 1.0
+    """Multiplier of rotated queries and keys (LongRoPE's attention factor)."""
+    rotary_dim: int = 0
+    """Leading dimensions of each head that are rotated. 0 means all."""
     relative_buckets: int = 32
     """Buckets of the relative bias."""
     relative_max_distance: int = 128
@@ -108,6 +133,22 @@ class ModelConfig:
     attention_softcap: float = 0.0
     """Squash attention logits to +-cap with tanh. 0 is off."""
 
+    head: Literal["tokens", "sequence", "each", "none"] = "tokens"
+    """What the model gives: logits of tokens; of the classes in `labels` for the whole sequence,
+    read off its first token, or for each token; or no head, only hidden states."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes of the sequence and each heads."""
+    pooler: Literal["none", "tanh", "relu"] = "none"
+    """Dense layer and nonlinearity on the first token's hidden state, before a sequence head."""
+    pooling: Literal["mean", "first"] = "mean"
+    """Embedding of a text: the mean of its hidden states, or its first token's."""
+    pooling_norm: bool = True
+    """Scale embeddings of texts to length 1."""
+    source_vocab_size: int = 0
+    """Size of an embedding table of the encoder's own. 0 shares the decoder's."""
+    vocab_padding: int = 0
+    """Last ids of vocab_size that stand for no token, there so that a mesh divides it; their
+    logits are never more than any other's."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output head."""
     head_bias: bool = False
@@ -147,7 +188,7 @@ class ModelConfig:
     init_residual_scaled: bool = False
     """Divide the initial output projections by sqrt(2 * layers) (GPT-2)."""
 
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: DType = "float32"
     """Type the parameters are kept in."""
     compute_dtype: DType = "float32"
     """Type of activations and products; softmax, norms and loss are always float32."""
@@ -158,16 +199,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_ff", "n_heads", "max_length", "relative_buckets"):
-            in_range(self, name, 1)
-        for name in ("vocab_size", "n_encoder_layers", "n_decoder_layers", "n_kv_heads", "head_dim",
-                     "window", "n_token_types", "lora_rank"):  # fmt: skip
-            in_range(self, name, 0)
+            in_range(self, name, 1, LARGEST)
+        for name in ("vocab_size", "n_kv_heads", "head_dim", "window",
+                     "n_token_types", "lora_rank", "position_offset", "rotary_dim",
+                     "source_vocab_size", "vocab_padding"):  # fmt: skip
+            in_range(self, name, 0, LARGEST)
+        in_range(self, "n_encoder_layers", 0, 4096)
+        in_range(self, "n_decoder_layers", 0, 4096)
         for name in ("dropout", "attention_dropout", "mlp_dropout"):
             in_range(self, name, 0, 0.999)
         for name in ("rope_theta", "norm_eps", "attention_scale", "attention_softcap",
                      "logit_softcap", "init_std", "embed_init_std", "embed_scale", "logit_scale",
-                     "lora_alpha"):  # fmt: skip
+                     "lora_alpha", "rope_magnitude"):  # fmt: skip
             in_range(self, name, 0, 1e12)
+        for name in ("rope_factor", "rope_divisors", "rope_low_freq_factor",
+                     "rope_high_freq_factor"):  # fmt: skip
+            in_range(self, name, 1e-6, 1e12)
+        in_range(self, "rope_original_length", 1)
         require(
             self.n_encoder_layers + self.n_decoder_layers > 0,
             "the model has no layers; set n_encoder_layers, n_decoder_layers or both.",
@@ -182,8 +230,17 @@ class ModelConfig:
             f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}.",
         )
         require(
-            self.position != "rotary" or self.dim_per_head % 2 == 0,
-            f"rotary positions need an even head_dim, not {self.dim_per_head}.",
+            self.position != "rotary" or self.rotated % 2 == 0,
+            f"rotary positions need an even head_dim and rotary_dim, not {self.rotated}.",
+        )
+        require(
+            self.rotated <= self.dim_per_head,
+            f"rotary_dim {self.rotary_dim} is more than head_dim {self.dim_per_head}.",
+        )
+        require(
+            len(self.rope_divisors) in (0, self.rotated // 2),
+            f"rope_divisors has {len(self.rope_divisors)} numbers; half of the rotated dimensions, "
+            f"{self.rotated // 2}, are needed, or none.",
         )
         require(
             self.position != "relative" or self.relative_max_distance > self.relative_buckets // 2,
@@ -192,6 +249,29 @@ class ModelConfig:
         )
         require(len(self.window) > 0, "window is empty; (0,) sees everything.")
         require(len(self.rope_theta) > 0, "rope_theta is empty; (10000.0,) is usual.")
+        require(len(self.rope_factor) > 0, "rope_factor is empty; (1.0,) stretches nothing.")
+        require(
+            self.rope_low_freq_factor < self.rope_high_freq_factor,
+            f"rope_low_freq_factor {self.rope_low_freq_factor} must be less than "
+            f"rope_high_freq_factor {self.rope_high_freq_factor}.",
+        )
+        require(
+            self.head in ("tokens", "none") or len(self.labels) > 0,
+            f"head {self.head} needs labels, the names of its classes.",
+        )
+        require(
+            self.head == "tokens" or self.kind == "encoder-only",
+            f"head {self.head} is for encoder-only models; this one is {self.kind}.",
+        )
+        require(
+            self.source_vocab_size == 0 or self.kind == "encoder-decoder",
+            "source_vocab_size is for encoder-decoder models, whose sides may differ; use "
+            "vocab_size.",
+        )
+        require(
+            self.vocab_size == 0 or self.vocab_padding < self.vocab_size,
+            f"vocab_padding {self.vocab_padding} leaves nothing of vocab_size {self.vocab_size}.",
+        )
         require(
             self.position != "relative" or self.relative_buckets >= 4,
             f"relative_buckets is {self.relative_buckets}; T5's relative bias needs at least 4.",
@@ -231,6 +311,16 @@ class ModelConfig:
     def dim_per_head(self) -> int:
         """Width of one head, H."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether both sides of an encoder-decoder look up the same table."""
+        return self.source_vocab_size == 0
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return self.rotary_dim or self.dim_per_head
 
     @property
     def query_scale(self) -> float:
@@ -378,6 +468,16 @@ class DecodeConfig:
     """((5 + length) / 6) ** alpha (Wu et al. 2016), or length ** alpha."""
     max_length: int = 0
     """Most tokens to generate; 0 takes what the model's max_length leaves."""
+    min_length: int = 0
+    """Fewest tokens before the end."""
+    suppress: tuple[int, ...] = ()
+    """Ids that are never generated."""
+    suppress_first: tuple[int, ...] = ()
+    """Ids that are not generated as the first."""
+    forced_first: int = -1
+    """Id that every text begins with (BART's start, mBART's language); -1 is none."""
+    forced_last: int = -1
+    """Id that ends a text which reached its greatest length; -1 is none."""
     seed: int = 0
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64
@@ -386,11 +486,15 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         for name in ("beams", "n_best", "batch_size"):
             in_range(self, name, 1)
-        for name in ("samples", "top_k", "max_length", "seed"):
+        for name in ("samples", "top_k", "max_length", "min_length", "seed"):
             in_range(self, name, 0, 2**31 - 1)
         in_range(self, "temperature", 0, 1e6)
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
         in_range(self, "min_p", 0, 1)
+        for name in ("suppress", "suppress_first"):
+            in_range(self, name, 0, LARGEST)
+        for name in ("forced_first", "forced_last"):
+            in_range(self, name, -1, LARGEST)
         in_range(self, "length_penalty", -100, 100)
         require(
             self.beams == 1 or not self.sampling,

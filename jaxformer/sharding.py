@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("lora", None),
     ("buckets", None),
     ("types", None),
+    ("labels", None),
 )
 
 
@@ -60,13 +61,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_fits(config: ModelConfig, mesh: Mesh) -> None:
     """Raise a `ConfigError` naming every dimension the mesh does not divide, and what would fit."""
     wrong = []
+    transforms = config.head_transform or config.pooler != "none"
     for axis, sizes in {
         "tensor": {
             "n_heads": config.n_heads,
             "n_kv_heads": config.kv_heads,
             "d_ff": config.d_ff,
             "vocab_size": config.vocab_size,
-            **({"d_model": config.d_model} if config.head_transform else {}),
+            "source_vocab_size": config.source_vocab_size,
+            **({"d_model": config.d_model} if transforms else {}),
         },
         "fsdp": {"d_model": config.d_model},
     }.items():

@@ -111,12 +111,16 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         cfg = self.config
         dtype, shape = jnp.dtype(cfg.param_dtype), x.shape[-1:]
-        scale = self.param("scale", named(jax.nn.initializers.ones, (self.axis,)), shape, dtype)
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        start = zeros if cfg.norm_unit_offset else ones
+        scale = self.param("scale", named(start, (self.axis,)), shape, dtype)
+        if cfg.norm_unit_offset:
+            scale = 1 + scale.astype(jnp.float32)
         if (self.kind or cfg.norm) == "rms":
             return f.rms_norm(x, scale, cfg.norm_eps)
         bias = None
         if cfg.norm_bias:
-            bias = self.param("bias", named(jax.nn.initializers.zeros, (self.axis,)), shape, dtype)
+            bias = self.param("bias", named(zeros, (self.axis,)), shape, dtype)
         return f.layer_norm(x, scale, bias, cfg.norm_eps)
 
 

@@ -4,22 +4,49 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxformer.config import ModelConfig
 
-def sinusoid(pos: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """Fixed sine (even columns) and cosine (odd) embeddings (Vaswani et al. 2017, section 3.5)."""
+
+def sinusoid(
+    pos: Int[Array, "B T"], width: int, *, halves: bool = False
+) -> Float[Array, "B T D"]:
+    """Fixed sine (even columns) and cosine (odd) embeddings (Vaswani et al. 2017, section 3.5).
+
+    With `halves` all sines come first.
+    """
     rate = 10000.0 ** (-np.arange(0, width, 2) / width)
     angle = pos[..., None].astype(jnp.float32) * rate.astype(np.float32)
-    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-2 if halves else -1)
     return waves.reshape(*pos.shape, -1)[..., :width]
 
 
+def rotary_rates(config: ModelConfig, theta: float, factor: float) -> Float[np.ndarray, "h"]:
+    """Radians per position of each pair of rotated dimensions, wavelengths stretched by `factor`.
+
+    All alike (Chen et al. 2023), or only those that are long against the context the model was
+    first trained for, with a ramp between (Llama 3.1, Grattafiori et al. 2024).
+
+    >>> config = ModelConfig(n_decoder_layers=1, d_model=8, n_heads=2)
+    >>> rotary_rates(config, 10000.0, 1.0).tolist(), rotary_rates(config, 10000.0, 2.0).tolist()
+    ([1.0, 0.01], [0.5, 0.005])
+    """
+    rate = theta ** (-np.arange(0, config.rotated, 2) / config.rotated)
+    if config.rope_divisors:
+        rate = rate / np.array(config.rope_divisors)
+    if config.rope_scaling == "linear":
+        return rate / factor
+    turns = config.rope_original_length * rate / (2 * np.pi)  # over the first context
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * rate + (1 - kept) * rate / factor
+
+
 def rotation(
-    pos: Int[Array, "B T"], head_dim: int, theta: float
+    pos: Int[Array, "B T"], rates: Float[np.ndarray, "h"], magnitude: float = 1.0
 ) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Cosines and sines that `rotate` takes, h = head_dim / 2 wavelengths from 2 pi to theta's."""
-    rate = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angle = pos[..., None, None].astype(jnp.float32) * rate.astype(np.float32)
-    return jnp.cos(angle), jnp.sin(angle)
+    """Cosines and sines that `rotate` takes, for h pairs of dimensions, times `magnitude`."""
+    angle = pos[..., None, None].astype(jnp.float32) * rates.astype(np.float32)
+    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 
 
 def rotate(
@@ -27,9 +54,13 @@ def rotate(
     cos: Float[Array, "#B T 1 h"],
     sin: Float[Array, "#B T 1 h"],
 ) -> Float[Array, "B T N H"]:
-    """Rotary position embedding of queries or keys, the halves of H paired (Su et al. 2021)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotary position embedding of queries or keys (Su et al. 2021).
+
+    Of the first 2h dimensions the halves are paired and rotated; any others are left alone.
+    """
+    h = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), [h, 2 * h], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
 def relative_bucket(

@@ -23,7 +23,7 @@ from jaxformer.types import NOWHERE, Batch, Tokens
 
 
 class Context(NamedTuple):
-    """What all layers of a stack share; U counts the distinct windows, or rotary bases."""
+    """What all layers of a stack share; U counts the distinct windows, or rotations."""
 
     masks: Bool[Array, "U #B T S"]
     bias: Float[Array, "#B N T S"] | None
@@ -61,9 +61,10 @@ class Block(nn.Module):
         caching = self_kv is not None
 
         def before(x, name):
-            return Norm(cfg, name=name)(x) if cfg.norm_position == "pre" else x
+            return x if cfg.norm_position == "post" else Norm(cfg, name=name)(x)
 
         def after(x, y, name):
+            y = Norm(cfg, name=f"{name}_after")(y) if cfg.norm_position == "both" else y
             x = x + nn.Dropout(cfg.dropout)(y, deterministic=det)
             x = Norm(cfg, name=name)(x) if cfg.norm_position == "post" else x
             return constrain(x, "batch", "length", None)
@@ -161,9 +162,11 @@ class Stack(nn.Module):
         """Add positions and the token type to the embeddings; norm and dropout as configured."""
         cfg = self.config
         if cfg.position == "sinusoidal":
-            x = x + positions.sinusoid(pos, cfg.d_model).astype(x.dtype)
+            halves = cfg.sinusoid == "halves"
+            x = x + positions.sinusoid(pos, cfg.d_model, halves=halves).astype(x.dtype)
         if cfg.position == "learned":
-            x = x + Embed(cfg, cfg.max_length, "length", name="positions")(pos)
+            size = cfg.max_length + cfg.position_offset
+            x = x + Embed(cfg, size, "length", name="positions")(pos + cfg.position_offset)
         if cfg.n_token_types:
             x = x + Embed(cfg, cfg.n_token_types, "types", name="token_types")(jnp.zeros_like(pos))
         if cfg.embed_norm:
@@ -182,27 +185,34 @@ class Stack(nn.Module):
         cfg = self.config
         q_pos, kv_pos = tokens.pos, tokens.pos if cache is None else cache.pos
         segs = (tokens.seg, tokens.seg) if cache is None else (None, None)
-        windows, thetas = sorted(set(cfg.window)), sorted(set(cfg.rope_theta))
+        cycle = range(self.n_layers)
+        window = [cfg.window[i % len(cfg.window)] for i in cycle]
+        theta = [cfg.rope_theta[i % len(cfg.rope_theta)] for i in cycle]
+        stretch = [cfg.rope_factor[i % len(cfg.rope_factor)] for i in cycle]
+        rope = list(zip(theta, stretch, strict=True))
+        windows, ropes = sorted(set(window)), sorted(set(rope))
         masks = jnp.stack(
             [
-                f.attention_mask(q_pos, kv_pos, *segs, causal=self.causal, window=window)
-                for window in windows
+                f.attention_mask(q_pos, kv_pos, *segs, causal=self.causal, window=each)
+                for each in windows
             ]
         )
         if cache is not None and cache.seen is not None:
             masks &= cache.seen
         rotations = None
         if cfg.position == "rotary":
-            tables = [positions.rotation(q_pos, cfg.dim_per_head, theta) for theta in thetas]
+            tables = [
+                positions.rotation(q_pos, positions.rotary_rates(cfg, *each), cfg.rope_magnitude)
+                for each in ropes
+            ]
             cos, sin = zip(*tables, strict=True)
             rotations = (jnp.stack(cos), jnp.stack(sin))
         cross_mask = None
         if memory_seg is not None:
             cross_mask = tokens.seg[:, :, None] == memory_seg[:, None, :]
-        cycle = range(self.n_layers)
         layers = Layer(
-            np.array([windows.index(cfg.window[i % len(cfg.window)]) for i in cycle]),
-            np.array([thetas.index(cfg.rope_theta[i % len(cfg.rope_theta)]) for i in cycle]),
+            np.array([windows.index(each) for each in window]),
+            np.array([ropes.index(each) for each in rope]),
         )
         slot = jnp.int32(0) if cache is None else cache.filled
         bias = self._bias(q_pos, kv_pos)
@@ -254,21 +264,31 @@ class Transformer(nn.Module):
         if cfg.n_decoder_layers:
             crossed = cfg.n_encoder_layers > 0
             self.decoder = Stack(cfg, cfg.n_decoder_layers, True, crossed, det)
+        if cfg.source_vocab_size:
+            self.source_embed = Embed(cfg, cfg.source_vocab_size, "vocab")
+        width = (cfg.d_model,)
+        if cfg.pooler != "none":
+            self.pooler = Linear(cfg, width, width, ("embed", "mlp"), bias=True)
+        if cfg.head in ("sequence", "each"):
+            self.head_dropout = nn.Dropout(cfg.dropout, deterministic=det)
+            self.head = Linear(cfg, width, (len(cfg.labels),), ("embed", "labels"), bias=True)
+        if cfg.head != "tokens":
+            return
         if cfg.head_transform:
-            shape = (cfg.d_model,)
-            self.transform = Linear(cfg, shape, shape, ("embed", "mlp"), bias=True)
+            self.transform = Linear(cfg, width, width, ("embed", "mlp"), bias=True)
             self.transform_norm = Norm(cfg)
         if not cfg.tie_embeddings:
             axes = ("embed", "vocab")
-            self.head = Linear(cfg, (cfg.d_model,), (cfg.vocab_size,), axes, cfg.head_bias)
+            self.head = Linear(cfg, width, (cfg.vocab_size,), axes, cfg.head_bias)
         elif cfg.head_bias:
             zeros = named(jax.nn.initializers.zeros, ("vocab",))
             self.head_bias = self.param(
                 "head_bias", zeros, (cfg.vocab_size,), jnp.dtype(cfg.param_dtype)
             )
 
-    def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
-        """Logits of a batch, in float32: of the next target token, or of the source itself."""
+    def __call__(self, batch: Batch) -> Float[Array, "B *T V"]:
+        """What the head makes of a batch, in float32: logits of the next target token, or of the
+        source itself; of the classes of each row, or of each token; or hidden states."""
         hidden = memory_seg = None
         if batch.source is not None:
             hidden, memory_seg = self.encode(batch.source), batch.source.seg
@@ -276,11 +296,19 @@ class Transformer(nn.Module):
             hidden, _ = self.decode(batch.target, hidden, memory_seg)
         if hidden is None:
             raise ValueError("the batch has neither a source nor a target")
-        return self.unembed(hidden)
+        if self.config.head == "tokens":
+            return self.unembed(hidden)
+        if self.config.head == "each":
+            return self.head(self.head_dropout(hidden)).astype(jnp.float32)
+        pooled = self.pool(hidden)
+        if self.config.head == "sequence":
+            return self.head(self.head_dropout(pooled)).astype(jnp.float32)
+        return hidden.astype(jnp.float32)
 
     def encode(self, source: Tokens) -> Float[Array, "B M D"]:
         """The encoder's output for a source."""
-        return self.encoder(self._embed(source.ids), source)[0]
+        embed = self.source_embed if self.config.source_vocab_size else self.embed
+        return self.encoder(self._embed(embed, source.ids), source)[0]
 
     def decode(
         self,
@@ -294,7 +322,8 @@ class Transformer(nn.Module):
         With a cache, the parameters must have gone through `unstack`; `memory` is needed only by
         the first call, which puts its keys and values into the cache.
         """
-        return self.decoder(self._embed(target.ids), target, memory, memory_seg, cache)
+        x = self._embed(self.embed, target.ids)
+        return self.decoder(x, target, memory, memory_seg, cache)
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits, in float32."""
@@ -310,10 +339,35 @@ class Transformer(nn.Module):
             logits = self.head(hidden).astype(jnp.float32)
         if logits.ndim == 3:
             logits = constrain(logits, "batch", "length", "vocab")
-        return f.softcap(logits, cfg.logit_softcap)
+        logits = f.softcap(logits, cfg.logit_softcap)
+        if cfg.vocab_padding:
+            real = jnp.arange(cfg.vocab_size) < cfg.vocab_size - cfg.vocab_padding
+            logits = jnp.where(real, logits, -jnp.inf)
+        return logits
 
-    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embed(ids) * self.config.embed_scale
+    def pool(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """The first token's hidden state, through the pooler if there is one."""
+        first = hidden[:, 0]
+        if self.config.pooler == "none":
+            return first
+        return {"tanh": jnp.tanh, "relu": jax.nn.relu}[self.config.pooler](self.pooler(first))
+
+    def embedding(self, source: Tokens) -> Float[Array, "B D"]:
+        """One vector for each text, in float32: see `ModelConfig.pooling` and `pooling_norm`.
+
+        Reimers and Gurevych 2019.
+        """
+        hidden = self.encode(source).astype(jnp.float32)
+        there = (source.seg > 0)[..., None].astype(jnp.float32)
+        mean = (hidden * there).sum(1) / jnp.maximum(there.sum(1), 1)
+        vector = mean if self.config.pooling == "mean" else hidden[:, 0]
+        if self.config.pooling_norm:
+            norm = jnp.linalg.norm(vector, axis=-1, keepdims=True)
+            vector = vector / jnp.maximum(norm, 1e-12)
+        return vector
+
+    def _embed(self, embed: Embed, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return embed(ids) * self.config.embed_scale
 
 
 def apply(config: ModelConfig, params: Any, *args: Any, method: str = "__call__") -> Any:

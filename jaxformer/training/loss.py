@@ -11,18 +11,21 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    vocab_padding: int = 0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """What is minimised at each position, and the plain negative log-likelihood, in nats.
 
     Smoothing spreads that share of the target evenly over the vocabulary (Szegedy et al. 2016,
-    section 7); z-loss adds z_loss * log(Z)**2 (Chowdhery et al. 2022, section 5).
+    section 7), but for its last `vocab_padding` ids, whose logits are -inf; z-loss adds z_loss * log(Z)**2 (Chowdhery et al. 2022, section 5).
     """
     # logsumexp - gather never writes the normalised [B, T, V] array that log_softmax does.
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     objective = nll
     if label_smoothing:
-        uniform = log_z - logits.mean(-1)
+        real = logits.shape[-1] - vocab_padding
+        mean = jnp.where(jnp.arange(logits.shape[-1]) < real, logits, 0).sum(-1) / real
+        uniform = log_z - mean
         objective = (1 - label_smoothing) * nll + label_smoothing * uniform
     if z_loss:
         objective = objective + z_loss * jnp.square(log_z)

@@ -41,7 +41,11 @@ def loss_sums(
     logits = model.apply({"params": params}, batch, rngs=rngs)
     assert isinstance(logits, jax.Array)
     objective, nll = cross_entropy(
-        logits, batch.labels, label_smoothing=optim.label_smoothing, z_loss=optim.z_loss
+        logits,
+        batch.labels,
+        label_smoothing=optim.label_smoothing,
+        z_loss=optim.z_loss,
+        vocab_padding=config.vocab_padding,
     )
     return jnp.vdot(objective, batch.weights), jnp.vdot(nll, batch.weights)
 

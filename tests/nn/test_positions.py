@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxformer.config import ModelConfig
 from jaxformer.nn import positions
 from jaxformer.types import NOWHERE
 
@@ -25,9 +26,53 @@ def test_sinusoid_is_the_papers(width):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+def rates(head_dim, theta, factor=1.0, **options):
+    config = ModelConfig(n_decoder_layers=1, n_heads=1, head_dim=head_dim, **options)
+    return positions.rotary_rates(config, theta, factor)
+
+
+def test_halves_are_the_same_waves_in_another_order():
+    pos = jnp.array([[0, 1, 7]])
+    mixed, halves = (positions.sinusoid(pos, 8, halves=h) for h in (False, True))
+    np.testing.assert_array_equal(halves, np.concatenate([mixed[..., ::2], mixed[..., 1::2]], -1))
+
+
+def test_llama3_stretches_long_waves_only():
+    options = dict(rope_scaling="llama3", rope_original_length=64)
+    plain, stretched = rates(32, 1e4), rates(32, 1e4, 8.0, **options)
+    wavelength = 2 * np.pi / plain
+    short, long = wavelength < 64 / 4, wavelength > 64
+    assert short.any() and long.any() and not (short | long).all()
+    np.testing.assert_array_equal(stretched[short], plain[short])
+    np.testing.assert_array_equal(stretched[long], plain[long] / 8)
+    between = stretched[~(short | long)] / plain[~(short | long)]
+    assert ((between > 1 / 8) & (between < 1)).all()
+
+
+def test_rotary_dim_leaves_the_rest_alone():
+    x = jnp.array(rng.normal(size=(1, 3, 2, 10)), jnp.float32)
+    pos = jnp.array([[0, 4, 9]])
+    part = rates(10, 1e4, rotary_dim=6)
+    got = positions.rotate(x, *positions.rotation(pos, part))
+    np.testing.assert_array_equal(got[..., 6:], x[..., 6:])
+    wanted = positions.rotate(x[..., :6], *positions.rotation(pos, rates(6, 1e4)))
+    np.testing.assert_array_equal(got[..., :6], wanted)
+
+
+def test_divisors_and_magnitude():
+    divisors = (1.0, 2.0, 4.0)
+    got = rates(6, 1e4, rope_divisors=divisors)
+    np.testing.assert_allclose(got, rates(6, 1e4) / np.array(divisors))
+    pos = jnp.array([[3]])
+    cos, sin = positions.rotation(pos, got, 1.5)
+    plain_cos, plain_sin = positions.rotation(pos, got)
+    np.testing.assert_allclose(cos, 1.5 * plain_cos)
+    np.testing.assert_allclose(sin, 1.5 * plain_sin)
+
+
 def rotated(x, pos, theta):
     pos = jnp.full((1, 1), pos)
-    cos, sin = positions.rotation(pos, x.shape[-1], theta)
+    cos, sin = positions.rotation(pos, rates(x.shape[-1], theta))
     return np.asarray(positions.rotate(jnp.array(x)[None, None, None], cos, sin))[0, 0, 0]
 
 
@@ -58,7 +103,7 @@ def test_rotation_is_the_papers():
 def test_rotation_takes_each_rows_own_positions():
     x = jnp.array(rng.normal(size=(2, 3, 2, 4)), jnp.float32)
     pos = np.array([[0, 1, 2], [7, 0, 3]])
-    got = positions.rotate(x, *positions.rotation(jnp.array(pos), 4, 1e4))
+    got = positions.rotate(x, *positions.rotation(jnp.array(pos), rates(4, 1e4)))
     for b, t, n in np.ndindex(2, 3, 2):
         wanted = rotated(np.asarray(x[b, t, n]), int(pos[b, t]), 1e4)
         np.testing.assert_allclose(got[b, t, n], wanted, rtol=1e-4, atol=1e-5)
