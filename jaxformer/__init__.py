@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxformer.config import ModelConfig as ModelConfig
     from jaxformer.config import OptimConfig as OptimConfig
     from jaxformer.config import TrainConfig as TrainConfig
-    from jaxformer.generate import Model as Model
+    from jaxformer.model import Model as Model
     from jaxformer.loading import load as load
     from jaxformer.nn.transformer import Transformer as Transformer
     from jaxformer.presets import PRESETS as PRESETS
@@ -31,7 +31,7 @@ _HOME = {
     "ModelConfig": "config",
     "OptimConfig": "config",
     "TrainConfig": "config",
-    "Model": "generate",
+    "Model": "model",
     "load": "loading",
     "Transformer": "nn.transformer",
     "PRESETS": "presets",

@@ -19,7 +19,8 @@ from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
 from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import N_SPECIAL, SymbolTokenizer
 from jaxformer.errors import ConfigError
-from jaxformer.generate import Model, _decode
+from jaxformer.generate import _decode
+from jaxformer.model import Model
 from jaxformer.nn import transformer
 from jaxformer.training import loop
 from jaxformer.training.loop import fit

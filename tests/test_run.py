@@ -25,7 +25,7 @@ from jaxformer.config import MeshConfig, TrainConfig
 from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import ByteTokenizer
 from jaxformer.errors import CheckpointError, NumericsError, Stopped
-from jaxformer.generate import Model
+from jaxformer.model import Model
 from jaxformer.training import loop
 from jaxformer.training.checkpoint import lock
 from jaxformer.training.evaluate import evaluate_loss

@@ -4,7 +4,7 @@ The loop knows the model as a step function and never reorders its cache: the st
 hypothesis each one continues, and does what it must.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -56,7 +56,7 @@ class DecodeState(NamedTuple):
     processor: Any
     strategy: Any
     limit: Int[Array, " B"]
-    eos_id: Int[Array, ""]
+    eos_ids: Int[Array, " E"]
     keys: Key[Array, " B"]
 
 
@@ -108,13 +108,14 @@ def decode(
     *,
     length: int,
     limit: Int[Array, " B"],
-    eos_id: int | Int[Array, ""],
+    eos_ids: Sequence[int] | Int[Array, " E"],
     pad_id: int | Int[Array, ""],
     keys: Key[Array, " B"],
     chunk: int = 8,
 ) -> Decoded:
     """Generate at most `length` (at least 1) tokens after prompts whose last logits are given.
 
+    Any of `eos_ids` ends a hypothesis.
     A row stops at its own `limit`, and draws only from its own key, so that its samples do not
     depend on its batch. All rows are checked for their end once in `chunk` steps.
     """
@@ -134,7 +135,7 @@ def decode(
         tokens, log_prob, count, finish, done, processed = old
         idle = done | choice.stop
         token = jnp.where(idle, pad_id, choice.token).astype(jnp.int32)
-        ended = ~idle & (choice.token == state.eos_id)
+        ended = ~idle & jnp.isin(choice.token, state.eos_ids)
         finish = jnp.where(ended, Finish.EOS, finish)
         next_logits, cache = step(state.cache, token, choice.parent, state.t)
         return state._replace(
@@ -162,7 +163,7 @@ def decode(
         processor=processor.init(rows, width),
         strategy=strategy.init(tokens, limit),
         limit=limit,
-        eos_id=jnp.int32(eos_id),
+        eos_ids=jnp.asarray(eos_ids, jnp.int32),
         keys=keys,
     )
     state = jax.lax.while_loop(

@@ -5,7 +5,7 @@ their hypothesis through the search. A forbidden token has logit -inf. Every num
 another temperature compiles nothing anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,15 +118,41 @@ def ban(mask: Bool[Array, " V"]) -> Processor:
     return stateless(lambda logits: jnp.where(mask[None, None], -jnp.inf, logits))
 
 
-def min_length(least: int | Int[Array, ""], eos_id: int | Int[Array, ""]) -> Processor:
-    """Forbid the end of sequence until `least` tokens stand before it."""
+def min_length(
+    least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, " E"]
+) -> Processor:
+    """Forbid the ends of sequence until `least` tokens stand before them."""
+    ends = jnp.asarray(eos_ids)
 
     def apply(logits, length):
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        early = (length < least)[..., None] & (ids == eos_id)
-        return jnp.where(early, -jnp.inf, logits)
+        early = jnp.where((length < least)[..., None], -jnp.inf, logits[..., ends])
+        return logits.at[..., ends].set(early, mode="drop", wrap_negative_indices=False)
 
     return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda length, _: length + 1)
+
+
+def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
+    """Make `token` the only choice for the token number `at` of its row, counted from 0.
+
+    It is certain then: its log-probability is 0.
+    """
+
+    def apply(logits, count):
+        now = (count == jnp.reshape(at, (-1, 1)))[..., None]
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        certain = jax.nn.logsumexp(logits, -1, keepdims=True)
+        return jnp.where(now, jnp.where(ids == token, certain, -jnp.inf), logits)
+
+    return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda count, _: count + 1)
+
+
+def ban_first(mask: Bool[Array, " V"]) -> Processor:
+    """Forbid every token whose mask is true, as the first one only."""
+    return Processor(
+        lambda b, w: jnp.ones((b, w), bool),
+        lambda logits, first: jnp.where(first[..., None] & mask, -jnp.inf, logits),
+        lambda first, _: jnp.zeros_like(first),
+    )
 
 
 def automaton(following: Int[Array, "S V"]) -> Processor:

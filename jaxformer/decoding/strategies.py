@@ -79,11 +79,11 @@ def beam(
         score, best = top_k(score.reshape(rows, -1), min(wanted, width * k))
         parent = best // k
         token, log_prob = gather((token.reshape(rows, -1), log_prob.reshape(rows, -1)), best)
-        eos = token == state.eos_id
+        eos = jnp.isin(token, state.eos_ids)
         last = (state.t + 1 >= state.limit)[:, None]
 
-        # Finished ones enter the pool.
-        enters = (eos | last) & (score > NEG)
+        # Finished ones enter the pool, if they are among the `width` best of this step.
+        enters = (eos | last) & (score > NEG) & (jnp.arange(score.shape[1]) < width)
         tokens = jax.lax.dynamic_update_index_in_dim(
             gather(state.tokens, parent), token, state.t, 2
         )

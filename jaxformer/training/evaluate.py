@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxformer import sharding
 from jaxformer.data.sources import Example
-from jaxformer.generate import Model
+from jaxformer.model import Model
 from jaxformer.training.metrics import METRICS, bleu_signature
 from jaxformer.training.stopping import StopRequest
 from jaxformer.types import Batch, Tokens

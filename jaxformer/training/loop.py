@@ -18,7 +18,7 @@ from jaxformer.config import DecodeConfig, MeshConfig, TrainConfig
 from jaxformer.data import pipeline, sources, tasks, tokenizer
 from jaxformer.data.sources import Example
 from jaxformer.errors import CheckpointError, ConfigError, DataError, Stopped
-from jaxformer.generate import Model
+from jaxformer.model import Model
 from jaxformer.loading import load
 from jaxformer.training import manifest, optim
 from jaxformer.training.checkpoint import Checkpoints, lock

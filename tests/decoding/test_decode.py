@@ -196,7 +196,7 @@ def test_the_body_is_traced_once_and_numbers_never_recompile():
             return model.step(*arguments)
 
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(2))
-        limits = min_length(least, EOS)
+        limits = min_length(least, [EOS])
         truncate = chain(limits, temperature(t), top_k(k), top_p(p), min_p(floor))
         options = dict(length=4, chunk=2, step=counted, keys=keys)
         return (

@@ -110,7 +110,7 @@ def test_a_dead_end_stays_one(processor):
 def test_ban_and_min_length():
     row = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert kept(ban(jnp.arange(7) % 2 == 0), row) == {1, 3, 5}
-    processor, logits = min_length(2, EOS), jnp.array(row)[None, None]
+    processor, logits = min_length(2, [EOS]), jnp.array(row)[None, None]
     state, forbidden = processor.init(1, 1), []
     for _ in range(4):
         forbidden.append(bool(processor.apply(logits, state)[0, 0, EOS] == -jnp.inf))
@@ -135,7 +135,7 @@ def draw(mask, t, k, p, floor):
         chain(ban(mask), temperature(t), top_k(k), top_p(p), min_p(floor)),
         length=2,
         limit=jnp.full(rows, 2),
-        eos_id=-1,
+        eos_ids=[-1],
         pad_id=0,
         keys=jax.random.split(jax.random.key(7), rows),
     )

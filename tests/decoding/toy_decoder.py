@@ -44,7 +44,7 @@ class Toy(NamedTuple):
             length=length,
             limit=jnp.full(rows, length) if limit is None else limit,
             keys=jax.random.split(jax.random.key(0), rows) if keys is None else keys,
-            eos_id=EOS,
+            eos_ids=[EOS],
             pad_id=PAD,
             **options,
         )
@@ -135,7 +135,7 @@ def compiled(name, width, norm, length, constrained):
         processor = chain()
         if constrained:
             processor = chain(
-                ban(options.mask), automaton(options.table), min_length(options.least, EOS)
+                ban(options.mask), automaton(options.table), min_length(options.least, [EOS])
             )
         strategy = strategy_named(name, width, options.alpha, norm)
         return model.decode(

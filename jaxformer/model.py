@@ -1,0 +1,252 @@
+"""Text in, text out: a model with its parameters and tokenizer, for every use it has."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxformer import arrays, sharding
+from jaxformer.batching import in_buckets, pad
+from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
+from jaxformer.data.tasks import encode_source, encode_target
+from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.decoding.loop import Decoded, Finish
+from jaxformer.errors import ConfigError
+from jaxformer.generate import decode_batch
+from jaxformer.types import Batch, Tokens
+
+
+class Hypothesis(NamedTuple):
+    """One generated text. `score` ranks it: length-normalised under beam search, else `log_prob`,
+    the log-probability of its `ids` under the model in nats."""
+
+    text: str
+    score: float
+    log_prob: float
+    ids: tuple[int, ...]
+    finish: str
+    """Why it ended: eos, limit, or dead_end."""
+
+
+class Generated(NamedTuple):
+    """The hypotheses for one text, best first; or none, and what was wrong with the text."""
+
+    hypotheses: tuple[Hypothesis, ...]
+    error: str = ""
+
+
+class Tag(NamedTuple):
+    """A token, its likeliest label, and how likely that is."""
+
+    text: str
+    label: str
+    probability: float
+
+
+class Origin(NamedTuple):
+    """What another library's checkpoint said of itself, to be said again at export."""
+
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    prefixed: bool
+    """Whether its names of tensors had the family's prefix."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Transformer with its parameters, tokenizer, and what its texts look like."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    data: DataConfig
+    defaults: DecodeConfig = field(default_factory=DecodeConfig)
+    origin: Origin | None = None
+
+    def generate(self, texts: Sequence[str], decode: DecodeConfig | None = None) -> list[str]:
+        """The best text generated from each of `texts` (empty, with a warning, where it failed).
+
+        `decode` says how; without it, as the run that trained the model did.
+        """
+        results = self.hypotheses(texts, decode)
+        for i, result in enumerate(results):
+            if result.error:
+                warnings.warn(f"text {i}: {result.error}", stacklevel=2)
+        return [r.hypotheses[0].text if r.hypotheses else "" for r in results]
+
+    def hypotheses(
+        self, texts: Sequence[str], decode: DecodeConfig | None = None, first_row: int = 0
+    ) -> list[Generated]:
+        """The `n_best` hypotheses generated from each of `texts`, in their order.
+
+        Samples of text i draw from the key of row `first_row` + i, however rows are batched.
+        """
+        decode = decode or self.defaults
+        if self.config.n_decoder_layers == 0:
+            raise ConfigError(
+                "an encoder-only model generates no text; use logits, or train a model with "
+                "n_decoder_layers over 0."
+            )
+        encoded = [self._prompt(text) for text in texts]
+        results = [Generated((), self._too_long(ids)) for ids in encoded]
+        fits = [i for i, result in enumerate(results) if not result.error]
+        for rows, length in in_buckets([len(encoded[i]) for i in fits], decode.batch_size):
+            ids = [fits[row] for row in rows]
+            prompt = pad([encoded[i] for i in ids], length, self.tokenizer.pad_id)
+            decoded = decode_batch(
+                self.config,
+                self.params,
+                self.tokenizer,
+                prompt,
+                [first_row + i for i in ids],
+                decode,
+            )
+            for row, i in enumerate(ids):
+                results[i] = Generated(
+                    tuple(self._hypothesis(decoded, row, n) for n in range(decode.n_best))
+                )
+        return results
+
+    def score(self, sources: Sequence[str], targets: Sequence[str]) -> list[float]:
+        """The log-probability of each target given its source, in nats, its end included.
+
+        A decoder-only model continues the source with the target; an empty source is none.
+        """
+        if self.config.n_decoder_layers == 0:
+            raise ConfigError("an encoder-only model scores no targets; use logits.")
+        if len(sources) != len(targets):
+            raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
+        pairs = []
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            prompt, ids = self._prompt(source), encode_target(self.data, self.tokenizer, target)
+            longest = max(len(prompt), len(ids))
+            if self.config.kind == "decoder-only":
+                longest = len(prompt) + len(ids) - 1
+            if longest > self.config.max_length:
+                raise ConfigError(
+                    f"pair {i} has {longest} tokens, over the model's max_length "
+                    f"{self.config.max_length}; shorten or split it."
+                )
+            pairs.append((prompt, ids))
+        totals = np.zeros(len(pairs))
+        for rows, length in in_buckets([len(p) + len(t) for p, t in pairs], self.defaults.batch_size):
+            chosen = [pairs[row] for row in rows]
+            batch = arrays.scoring_batch(self.config, self.tokenizer, chosen, length)
+            found = sharding.fetch(arrays.log_probs(self.config, self.params, batch))
+            totals[rows] = found[: len(rows)]
+        return totals.tolist()
+
+    def logits(self, batch: Batch) -> Float[Array, "B *T V"]:
+        """What the head makes of a batch, in float32."""
+        return arrays.logits(self.config, self.params, batch)
+
+    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts D"]:
+        """One vector for each of `texts`, pooled as the model's config says (Reimers and Gurevych
+        2019); a text over max_length is cut."""
+        self._require_encoder("embed")
+        out = np.zeros((len(texts), self.config.d_model), np.float32)
+        for rows, source in self._sources(texts):
+            found = arrays.embeddings(self.config, self.params, source)
+            out[rows] = sharding.fetch(found)[: len(rows)]
+        return out
+
+    def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """The probability of each label for each of `texts`, the likeliest first."""
+        self._require_head("sequence", "classify")
+        found = self._probabilities(texts)
+        ranked = [np.argsort(-row, kind="stable") for row in found]
+        labels = self.config.labels
+        return [
+            {labels[i]: float(row[i]) for i in order}
+            for row, order in zip(found, ranked, strict=True)
+        ]
+
+    def tag(self, texts: Sequence[str]) -> list[list[Tag]]:
+        """The likeliest label of each token of each of `texts`, special ones left out."""
+        self._require_head("each", "tag")
+        special, decode, labels = self.tokenizer.special_ids, self.tokenizer.decode, self.config.labels
+        return [
+            [
+                Tag(decode([i]), labels[row.argmax()], float(row.max()))
+                for i, row in zip(ids.tolist(), rows, strict=False)
+                if i not in special
+            ]
+            for ids, rows in zip(map(self._source, texts), self._probabilities(texts), strict=True)
+        ]
+
+    def fill(self, texts: Sequence[str]) -> list[str]:
+        """`texts` with the likeliest token at every mask (Devlin et al. 2019)."""
+        self._require_head("tokens", "fill")
+        mask, filled = self.tokenizer.mask_id, []
+        for i, text in enumerate(texts):
+            if mask not in self._source(text):
+                raise ConfigError(
+                    f"text {i} has no mask; write {self.tokenizer.decode_token(mask)!r} where one "
+                    "is to be filled in."
+                )
+        for ids, rows in zip(map(self._source, texts), self._probabilities(texts), strict=True):
+            best = rows[: len(ids)].argmax(-1)
+            filled.append(self.tokenizer.decode(np.where(ids == mask, best, ids)))
+        return filled
+
+    def _require_encoder(self, use: str) -> None:
+        if self.config.kind != "encoder-only":
+            raise ConfigError(f"{use} is for encoder-only models; this one is {self.config.kind}.")
+
+    def _require_head(self, head: str, use: str) -> None:
+        self._require_encoder(use)
+        if self.config.head != head:
+            raise ConfigError(
+                f"{use} needs a model with head {head!r}, but this one's is {self.config.head!r}; "
+                "load a checkpoint that was trained for it."
+            )
+
+    def _source(self, text: str) -> Int[np.ndarray, "T"]:
+        """What an encoder reads, cut to max_length but for its end."""
+        ids = encode_source(self.data, self.tokenizer, text)
+        return np.concatenate([ids[:-1][: self.config.max_length - 1], ids[-1:]])
+
+    def _sources(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tokens]]:
+        """Row numbers and what the encoder reads of them, batch by batch."""
+        encoded = [self._source(text) for text in texts]
+        for rows, length in in_buckets(list(map(len, encoded)), self.defaults.batch_size):
+            yield rows, pad([encoded[row] for row in rows], length, self.tokenizer.pad_id)
+
+    def _probabilities(self, texts: Sequence[str]) -> list[Float[np.ndarray, "*T V"]]:
+        """Softmax of what the head makes of each text, padded rows and all."""
+        out: list[Any] = [None] * len(texts)
+        for rows, source in self._sources(texts):
+            found = arrays.logits(self.config, self.params, arrays.source_batch(source))
+            for row, each in zip(rows, sharding.fetch(jax.nn.softmax(found)), strict=False):
+                out[row] = each
+        return out
+
+    def _prompt(self, text: str) -> Int[np.ndarray, "T"]:
+        """What the encoder reads; or, without one, what the decoder is to continue."""
+        if self.config.n_encoder_layers:
+            return encode_source(self.data, self.tokenizer, text)
+        return np.array(self.tokenizer.prompt(text), np.int32)
+
+    def _too_long(self, ids: Int[np.ndarray, "T"]) -> str:
+        """What is wrong with the length of a prompt, if anything: one token at least must fit."""
+        most = self.config.max_length - (0 if self.config.n_encoder_layers else 1)
+        if len(ids) <= most:
+            return ""
+        return (
+            f"the text has {len(ids)} tokens, but the model reads at most {most} "
+            f"(max_length {self.config.max_length}); shorten or split it."
+        )
+
+    def _hypothesis(self, decoded: Decoded, row: int, n: int) -> Hypothesis:
+        ids = decoded.tokens[row, n, : decoded.length[row, n]].tolist()
+        return Hypothesis(
+            self.tokenizer.decode(ids),
+            float(decoded.score[row, n]),
+            float(decoded.log_prob[row, n]),
+            tuple(ids),
+            Finish(int(decoded.finish[row, n])).name.lower(),
+        )
