@@ -1,26 +1,149 @@
-"""From a run directory to a model that generates."""
+"""From a run directory, or a checkpoint of another library, to a model that generates."""
 
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
-from jaxformer import run
-from jaxformer.generate import Model
+from jaxformer import run, sharding
+from jaxformer.config import DataConfig, DType, ModelConfig
+from jaxformer.errors import CheckpointError, ConfigError
+from jaxformer.model import Model, Origin
+from jaxformer.hub import engine, folder
 from jaxformer.nn import lora, transformer
 from jaxformer.training.checkpoint import restore_params
 
+TASKS: Mapping[str, Any] = {
+    "encoder-decoder": "seq2seq",
+    "decoder-only": "lm",
+    "encoder-only": "mlm",
+}
 
-def load(run_dir: str | Path, step: int | None = None) -> Model:
-    """The model of a training run, at `step` or its newest sound checkpoint, adapters merged.
 
-    Raises `CheckpointError` if there is none, or if what is there is damaged.
+def load(
+    path: str | Path,
+    step: int | None = None,
+    *,
+    dtype: DType | None = None,
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+) -> Model:
+    """The model of a training run (at `step`, or its newest sound checkpoint; adapters merged), or
+    of a Hugging Face directory or GGUF file.
+
+    `dtype` is that of parameters and arithmetic; without it, what the checkpoint has. On a `mesh`,
+    each device reads only its share, and the vocabulary is padded until the mesh divides it.
+    `max_length` is for models whose positions have no end of their own. Raises `CheckpointError`.
     """
-    path = Path(run_dir)
+    path = Path(path)
+    if run.exists(path):
+        return _load_run(path, step, dtype, mesh)
+    if step is not None:
+        raise ConfigError(f"{path} is no training run, so it has no step {step}; leave step out.")
+    if not folder.is_folder(path):
+        raise CheckpointError(
+            f"{path} is neither a run directory (it has no {run.VERSIONS}) nor a Hugging Face one "
+            f"(it has no {folder.CONFIG}); give the run_dir of a training run, or a downloaded "
+            "folder."
+        )
+    return _load_folder(path, dtype, mesh, max_length)
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """Shape, dtype and place of every parameter: cut over the mesh, or on the first device."""
+    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves = nn.unbox(boxed)
+    places = sharding.shardings_for(boxed, mesh) if mesh else jax.tree.map(lambda _: here, leaves)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        leaves,
+        places,
+    )
+
+
+def _load_run(path: Path, step: int | None, dtype: DType | None, mesh: Mesh | None) -> Model:
     config, tokenizer = run.read(path)
-    abstract = jax.eval_shape(lambda: nn.unbox(transformer.init(config.model, jax.random.key(0))))
-    params = restore_params(path, abstract, step)
     model = config.model
+    params = restore_params(path, abstract_params(model, mesh), step)
     if model.lora_rank:
         model, params = lora.merge(model, params)
-    return Model(model, params, tokenizer, config.data, config.decode)
+    if dtype is not None:
+        model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    origin = run.read_origin(path)
+    return Model(model, params, tokenizer, config.data, config.decode, origin and Origin(**origin))
+
+
+def _load_folder(
+    path: Path, dtype: DType | None, mesh: Mesh | None, max_length: int | None
+) -> Model:
+    from jaxformer.data.foreign import read_tokenizer
+
+    found = folder.open_folder(path)
+    config = found.config
+    if max_length is not None:
+        config = _longer(config, max_length)
+    if mesh is not None:
+        rest = -config.vocab_size % mesh.shape["tensor"]
+        config = dataclasses.replace(
+            config, vocab_size=config.vocab_size + rest, vocab_padding=rest
+        )
+        sharding.check_fits(config, mesh)
+    shapes = _shapes(abstract_params(config, mesh))
+    leaves = engine.bind(found.family, config, shapes, found.tensors, str(path))
+    dtype = dtype or _own_dtype(leaves)
+    config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
+    data = DataConfig(
+        task=TASKS[config.kind],
+        buckets=(min(128, config.max_length),),
+    )
+    return Model(
+        config,
+        read_params(leaves, abstract_params(config, mesh)),
+        read_tokenizer(path, found.theirs, found.generation),
+        data,
+        found.decode,
+        Origin(found.theirs, found.generation, engine.is_prefixed(found.family, found.tensors)),
+    )
+
+
+def read_params(leaves: Mapping[str, engine.Leaf], abstract: dict[str, Any]) -> dict[str, Any]:
+    """Each leaf where and as `abstract` says, every device reading its own share of the file."""
+
+    def make(path: str, leaf: Any) -> jax.Array:
+        read = partial(leaves[path].read, dtype=leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+    flat = flatten_dict(abstract, sep="/")
+    return unflatten_dict({path: make(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def _shapes(abstract: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+
+
+def _own_dtype(leaves: Mapping[str, engine.Leaf]) -> Any:
+    """The dtype that most parameters have in the file."""
+    sizes: dict[str, int] = {}
+    for leaf in leaves.values():
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + int(np.prod(leaf.shape))
+    common = max(sizes, key=lambda name: sizes[name])
+    return common if common in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _longer(config: ModelConfig, max_length: int) -> ModelConfig:
+    """`config` with another max_length, if its positions are no table."""
+    if config.position == "learned":
+        raise ConfigError(
+            f"max_length cannot be {max_length}: the model has learned "
+            f"{config.max_length} positions."
+        )
+    return dataclasses.replace(config, max_length=max_length)

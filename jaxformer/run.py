@@ -12,6 +12,8 @@ from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformer.errors import CheckpointError
 
 CONFIG, TOKENIZER, VERSIONS, METRICS = "config.json", "tokenizer", "run.json", "metrics.jsonl"
+ORIGIN = "origin.json"
+"""What a checkpoint of another library said of itself, in a run that was made from one."""
 PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # What may differ when a run is resumed: none of it changes what has been computed so far.
@@ -68,6 +70,16 @@ def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
             "text. Put the original tokenizer back."
         )
     return config, tokenizer
+
+
+def read_origin(run_dir: Path) -> dict[str, Any] | None:
+    """What the checkpoint that a run was made from said of itself; None if there was none."""
+    if not (run_dir / ORIGIN).is_file():
+        return None
+    try:
+        return dict(json.loads(_read(run_dir / ORIGIN)))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{run_dir / ORIGIN} is damaged; convert the model again.") from None
 
 
 def check_resumable(run_dir: Path, old: TrainConfig, new: TrainConfig) -> None:

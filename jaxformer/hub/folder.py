@@ -1,0 +1,157 @@
+"""What a folder from elsewhere holds: a config, weights, and how to generate. Nothing is executed.
+
+Only JSON and safetensors are read; a config may name code (`auto_map`), which stays a name.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxformer.config import DecodeConfig, ModelConfig, from_json, hint
+from jaxformer.errors import CheckpointError, ConfigError
+from jaxformer.hub.engine import settle_head
+from jaxformer.hub.families import FAMILIES
+from jaxformer.hub.family import Family, read_config
+from jaxformer.hub.tensors import Stored, open_safetensors
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+MAX_JSON = 16 * 2**20
+NEW_TOKENS = 128
+"""Most tokens generated where a folder sets no limit of its own."""
+
+
+class Folder(NamedTuple):
+    """A checkpoint of another library, none of whose tensors has been read yet."""
+
+    family: Family
+    config: ModelConfig
+    decode: DecodeConfig
+    theirs: dict[str, Any]
+    """Their config.json."""
+    generation: dict[str, Any]
+    """Their generation_config.json."""
+    tensors: dict[str, Stored]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint of another library."""
+    return (path / CONFIG).is_file()
+
+
+def open_folder(path: Path) -> Folder:
+    """Read all of a folder but its tensors and tokenizer.
+
+    Raises `CheckpointError` if anything is missing, malformed, or of a kind not known here.
+    """
+    theirs = read_json(path / CONFIG)
+    generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    family = find_family(theirs, str(path / CONFIG))
+    config = read_config(family, theirs, str(path / CONFIG))
+    config = sentence_config(path, config)
+    decode = decode_config(config, theirs, generation, str(path / GENERATION))
+    tensors = open_safetensors(path)
+    config = settle_head(family, config, tensors)
+    return Folder(family, config, decode, theirs, generation, tensors)
+
+
+def find_family(theirs: Mapping[str, Any], where: str) -> Family:
+    """The family of a config; raises `CheckpointError` if there is none."""
+    kind = theirs.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model type {kind!r} is not known here.{hint(str(kind), FAMILIES)} "
+            f"Known are {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[kind]
+
+
+def sentence_config(path: Path, config: ModelConfig) -> ModelConfig:
+    """`config` with the pooling that sentence-transformers' files beside it ask for."""
+    if config.kind != "encoder-only" or not (path / "modules.json").is_file():
+        return config
+    modules = read_json(path / "modules.json", list)
+    kinds = [str(m.get("type", "")).rpartition(".")[2] for m in modules if isinstance(m, dict)]
+    folders = [str(m.get("path", "")) for m in modules if isinstance(m, dict)]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise CheckpointError(
+            f"{path / 'modules.json'} asks for {', '.join(kinds)}; known here are Transformer, "
+            "Pooling and, if need be, Normalize."
+        )
+    if not folders[1].replace("_", "").isalnum():
+        raise CheckpointError(f"{path / 'modules.json'}: {folders[1]!r} is no plain folder name.")
+    where = path / folders[1] / CONFIG
+    pooling = read_json(where)
+    modes = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token"}
+    known = {key for key in pooling if key.startswith("pooling_mode_") and pooling[key]}
+    chosen = [mode for mode, key in modes.items() if known == {key}]
+    if not chosen:
+        raise CheckpointError(
+            f"{where} pools by {', '.join(sorted(known)) or 'nothing'}; known here are "
+            f"{' or '.join(modes.values())}, one of them."
+        )
+    pooled = "mean" if chosen[0] == "mean" else "first"
+    return dataclasses.replace(config, pooling=pooled, pooling_norm="Normalize" in kinds)
+
+
+def decode_config(
+    config: ModelConfig, theirs: Mapping[str, Any], generation: Mapping[str, Any], where: str
+) -> DecodeConfig:
+    """How the folder's model generates unless told otherwise.
+
+    Their lengths count the decoder's start token, ours only what is generated.
+    """
+    if config.n_decoder_layers == 0:
+        return DecodeConfig()
+    start = 1 if config.n_encoder_layers else 0
+    # Older folders keep these in config.json.
+    given = {k: v for k, v in (generation or theirs).items() if v is not None}
+    try:
+        most = given.get("max_new_tokens") or start and given.get("max_length", 0) - start
+        least = given.get("min_new_tokens") or start and given.get("min_length", 0) - start
+        last = given.get("forced_eos_token_id", -1)
+        bad = [ids[0] for ids in given.get("bad_words_ids", []) if len(ids) == 1]
+        fields: dict[str, Any] = {
+            "max_length": most if most > 0 else min(NEW_TOKENS, config.max_length),
+            "min_length": max(least, 0),
+            "beams": given.get("num_beams", 1),
+            "length_penalty": given.get("length_penalty", 1.0),
+            "length_norm": "plain",
+            "forced_first": given.get("forced_bos_token_id", -1),
+            "forced_last": last[0] if isinstance(last, list) else last,
+            "suppress": [*given.get("suppress_tokens", []), *bad],
+            "suppress_first": given.get("begin_suppress_tokens", []),
+        }
+        if given.get("do_sample"):
+            fields |= {
+                "beams": 1,
+                "samples": 1,
+                "temperature": given.get("temperature", 1.0),
+                "top_k": given.get("top_k", 50),
+                "top_p": given.get("top_p", 1.0),
+                "min_p": given.get("min_p", 0.0),
+            }
+        return from_json(DecodeConfig, json.dumps(fields), where)
+    except ConfigError as e:
+        raise CheckpointError(f"{where}: {e}") from None
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+        raise CheckpointError(f"{where} is malformed: {e}; download it again.") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """An object, or a list, in a JSON file of bounded size; raises `CheckpointError`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}.") from None
+    if len(data) > MAX_JSON:
+        raise CheckpointError(f"{path} has over {MAX_JSON >> 20} MiB, too much for a config.")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not JSON ({e}); download it again.") from None
+    if not isinstance(value, kind):
+        raise CheckpointError(f"{path} holds no JSON {kind.__name__}; download it again.")
+    return value
