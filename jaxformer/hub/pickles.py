@@ -6,6 +6,7 @@ dict needs, on plain values and the inert records below, and nothing that it nam
 
 import io
 import math
+import os
 import pickletools
 import struct
 import warnings
@@ -36,6 +37,7 @@ STORAGES = {
         "Float": np.float32, "Double": np.float64,
     }.items()
 }  # fmt: skip
+PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE"}
 ALLOWED = {
     "collections.OrderedDict",
     "torch.Size",
@@ -83,9 +85,11 @@ class _Bounded(io.FileIO):
     """A file of which little is read at once; zipfile would read a directory of any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > MAX_READ:
-            raise ValueError(f"a part of {size} bytes, over {MAX_READ}")
-        return super().read(MAX_READ if size is None or size < 0 else size) or b""
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        size = left if size is None or size < 0 else min(size, left)
+        if size > MAX_READ:
+            raise ValueError(f"a part of it has {size} bytes, over {MAX_READ}")
+        return super().read(size) or b""
 
 
 def open_torch_pickle(path: Path) -> dict[str, Stored]:
@@ -105,13 +109,15 @@ def open_torch_pickle(path: Path) -> dict[str, Stored]:
             name: _stored(path, name, tensor, members.get(f"data/{tensor.storage.key}"))
             for name, tensor in _flatten(found).items()
         }
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, LookupError, OSError,
-            OverflowError, struct.error) as e:  # fmt: skip
-        raise CheckpointError(
-            f"{path} is not read: {e}. Only tensors in dicts are, as torch.save (PyTorch 1.6 or "
-            "later) writes a state_dict(), and code in pickles is never executed. Where you trust "
-            "the file, save the state dict alone or, better, as safetensors."
-        ) from None
+    except LookupError:
+        why = "its pickle is malformed"
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as e:
+        why = str(e)
+    raise CheckpointError(
+        f"{path} is not read: {why}. Only tensors in dicts are, as torch.save (PyTorch 1.6 or "
+        "later) writes a state_dict(), and code in pickles is never executed. Where you trust "
+        "the file, save the state dict alone or, better, as safetensors."
+    )
 
 
 def _members(file: _Bounded) -> dict[str, _Member]:
@@ -133,7 +139,9 @@ def _members(file: _Bounded) -> dict[str, _Member]:
             or begin + entry.file_size > end
             or name in members
         ):
-            raise ValueError(f"its member {name!r} is compressed, misplaced, or there twice")
+            raise ValueError(
+                f"its member {name!r} is compressed, encrypted, misplaced, or there twice"
+            )
         members[name] = _Member(begin, entry.file_size, entry.CRC)
         folders.add(folder)
     if len(folders) != 1 or "data.pkl" not in members:
@@ -154,6 +162,7 @@ def _interpret(pickle: bytes) -> Any:
 
     Raises `ValueError` at any other instruction or name, and `LookupError` if it is malformed.
     """
+    instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickle)
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     mark = object()
@@ -164,8 +173,11 @@ def _interpret(pickle: bytes) -> Any:
             items.append(item)
         return items[::-1]
 
+    def last(n: int) -> list[Any]:
+        return [stack.pop() for _ in range(n)][::-1]
+
     with warnings.catch_warnings(action="ignore"):  # odd escapes in names
-        for opcode, argument, _ in pickletools.genops(pickle):
+        for opcode, argument, _ in instructions:
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -173,66 +185,61 @@ def _interpret(pickle: bytes) -> Any:
                     return stack.pop()
                 case "MARK":
                     stack.append(mark)
-                case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-                case (
-                    "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
-                    | "SHORT_BINUNICODE" | "BINUNICODE"
-                ):  # fmt: skip
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case name if name in PLAIN:
                     stack.append(argument)
-                case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                    stack.append(
-                        {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[opcode.name]
-                    )
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
                 case "TUPLE":
                     stack.append(tuple(since_mark()))
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    stack.append(tuple(stack.pop() for _ in range(int(opcode.name[-1])))[::-1])
+                case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                    stack.append(tuple(last(int(name[-1]))))
                 case "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
-                case "APPEND" | "APPENDS":
-                    items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]
-                    _of_type(stack[-1], list).extend(items)
-                case "SETITEM" | "SETITEMS":
-                    items = (
-                        since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                    )
-                    _of_type(stack[-1], dict).update(
-                        (_of_type(k, str | int), v)
-                        for k, v in zip(items[::2], items[1::2], strict=True)
-                    )
+                case "APPEND" | "APPENDS" as name:
+                    items = last(1) if name == "APPEND" else since_mark()
+                    _of_type(list, stack[-1]).extend(items)
+                case "SETITEM" | "SETITEMS" as name:
+                    items = last(2) if name == "SETITEM" else since_mark()
+                    for key, value in zip(items[::2], items[1::2], strict=True):
+                        _of_type(dict, stack[-1])[_of_type(str | int, key)] = value
                 case "GLOBAL":
-                    stack.append(_name(*argument.split(" ", 1)))
+                    stack.append(_name(argument.replace(" ", ".")))
                 case "STACK_GLOBAL":
-                    module, name = stack.pop(-2), stack.pop()
-                    stack.append(_name(_of_type(module, str), _of_type(name, str)))
+                    stack.append(_name(".".join(_of_type(str, part) for part in last(2))))
                 case "BINPERSID":
-                    stack.append(_storage(stack.pop()))
+                    stack.append(_storage(*last(1)))
                 case "REDUCE":
-                    function, arguments = stack.pop(-2), stack.pop()
-                    stack.append(_call(function, arguments))
+                    stack.append(_call(*last(2)))
                 case "BUILD":  # an OrderedDict's attributes: versions of the modules
                     stack.pop()
-                    _of_type(stack[-1], dict)
-                case _:
-                    raise ValueError(f"its pickle has the instruction {opcode.name}")
+                    _of_type(dict, stack[-1])
+                case name:
+                    raise ValueError(f"its pickle has the instruction {name}")
     raise ValueError("its pickle has no end")
 
 
-def _of_type(value: Any, kind: Any) -> Any:
+def _of_type(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"its pickle has a {type(value).__name__} in a wrong place")
     return value
 
 
-def _name(module: str, name: str) -> _Name:
-    if f"{module}.{name}" not in ALLOWED:
-        raise ValueError(f"its pickle asks for {f'{module}.{name}'!r:.200}, which is not allowed")
-    return _Name(f"{module}.{name}")
+def _name(name: str) -> _Name:
+    if name not in ALLOWED:
+        raise ValueError(f"its pickle asks for {name[:100]!r}, which is not allowed")
+    return _Name(name)
 
 
 def _storage(identity: Any) -> _Storage:
@@ -304,7 +311,7 @@ def _stored(path: Path, name: str, tensor: _Tensor, member: _Member | None) -> S
 
     def read() -> Shaped[np.ndarray, "..."]:
         if 0 in shape:
-            return np.empty(shape, dtype)
+            return map_file(path, member.begin, shape, dtype)
         data = map_file(path, member.begin, (member.size,), np.dtype(np.uint8))
         steps = tuple(n * dtype.itemsize for n in strides)
         return np.ndarray(shape, dtype, data, tensor.offset * dtype.itemsize, steps)

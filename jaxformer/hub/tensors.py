@@ -146,7 +146,7 @@ def map_file(
 ) -> Shaped[np.ndarray, "..."]:
     """A read-only array over the bytes of a file from `offset`; `CheckpointError` if it shrank."""
     if 0 in shape:  # of which there is no map
-        return np.empty(shape, dtype)
+        return np.ndarray(shape, dtype, b"")
     try:
         return np.asarray(np.memmap(path, dtype, "r", offset, shape))
     except (OSError, ValueError) as e:
@@ -205,9 +205,10 @@ def _reader(
 
 def _weight_map(path: Path) -> dict[str, str]:
     with open_regular(path) as file:
-        data = file.read(MAX_JSON + 1)
-    if len(data) > MAX_JSON:
-        raise _damaged(path, f"it is over {MAX_JSON} bytes")
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON:
+            raise _damaged(path, f"it is over {MAX_JSON} bytes")
+        data = file.read(size)
     try:
         index = _json(data)
     except (ValueError, RecursionError) as e:
@@ -255,7 +256,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Stored) -> None:
     array = tensor.read()
     if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
         raise ValueError(f"{name} is {array.dtype}{array.shape}, not as announced: {tensor}")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 @contextlib.contextmanager
