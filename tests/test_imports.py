@@ -19,12 +19,12 @@ FLOORS = (
     {"cli"},
     {"training", "loading"},
     {"generate"},
-    {"nn", "decoding", "data", "sharding", "run"},
+    {"nn", "decoding", "data", "hub", "sharding", "run"},
     {"presets", "config"},
     {"types", "errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),
-              ("presets", "config")}  # fmt: skip
+              ("hub", "data"), ("presets", "config")}  # fmt: skip
 
 
 def part_of(module: str) -> str:
@@ -98,6 +98,7 @@ def test_importing_is_cheap_and_touches_no_device():
         "jaxformer.TrainConfig, jaxformer.PRESETS, jaxformer.Batch, dir(jaxformer)\n"
         "print('jax' in sys.modules)\n"
         "import jaxformer.run, jaxformer.data.pipeline, jaxformer.data.sources\n"
+        "import jaxformer.hub.tensors, jaxformer.hub.pickles\n"
         "print('jax' in sys.modules)\n"
         "jaxformer.fit, jaxformer.load\n"
         "from jax._src import xla_bridge\n"
