@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from jaxformer.config import ModelConfig as ModelConfig
     from jaxformer.config import OptimConfig as OptimConfig
     from jaxformer.config import TrainConfig as TrainConfig
-    from jaxformer.model import Model as Model
     from jaxformer.loading import load as load
+    from jaxformer.model import Model as Model
     from jaxformer.nn.transformer import Transformer as Transformer
     from jaxformer.presets import PRESETS as PRESETS
     from jaxformer.training.loop import fit as fit

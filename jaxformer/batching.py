@@ -1,4 +1,4 @@
-"""Texts of any length in batches of few shapes: powers of two, so that what is compiled is bounded."""
+"""Texts of any length in batches of few shapes: powers of two, so that compilations are bounded."""
 
 from collections.abc import Iterator, Sequence
 

@@ -89,7 +89,8 @@ def decode_batch(
     )
     ids = np.zeros(len(lengths), np.int32)
     ids[: len(row_ids)] = row_ids
-    return sharding.fetch(_decode(config, method, params, prompt, limit, numbers, options.seed, ids))
+    seed = options.seed
+    return sharding.fetch(_decode(config, method, params, prompt, limit, numbers, seed, ids))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jaxformer import run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
 from jaxformer.errors import CheckpointError, ConfigError
-from jaxformer.model import Model, Origin
 from jaxformer.hub import engine, folder
+from jaxformer.model import Model, Origin
 from jaxformer.nn import lora, transformer
 from jaxformer.training.checkpoint import restore_params
 

@@ -133,7 +133,8 @@ class Model:
                 )
             pairs.append((prompt, ids))
         totals = np.zeros(len(pairs))
-        for rows, length in in_buckets([len(p) + len(t) for p, t in pairs], self.defaults.batch_size):
+        lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
+        for rows, length in in_buckets(lengths, self.defaults.batch_size):
             chosen = [pairs[row] for row in rows]
             batch = arrays.scoring_batch(self.config, self.tokenizer, chosen, length)
             found = sharding.fetch(arrays.log_probs(self.config, self.params, batch))
@@ -168,7 +169,8 @@ class Model:
     def tag(self, texts: Sequence[str]) -> list[list[Tag]]:
         """The likeliest label of each token of each of `texts`, special ones left out."""
         self._require_head("each", "tag")
-        special, decode, labels = self.tokenizer.special_ids, self.tokenizer.decode, self.config.labels
+        special, decode = self.tokenizer.special_ids, self.tokenizer.decode
+        labels = self.config.labels
         return [
             [
                 Tag(decode([i]), labels[row.argmax()], float(row.max()))

@@ -141,7 +141,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, DECODER | {"norm_eps": float("nan")}, "norm_eps is nan"),
     (ModelConfig, DECODER | {"d_model": 10, "n_heads": 4}, "d_model 10 is not a multiple"),
     (ModelConfig, DECODER | {"n_heads": 4, "n_kv_heads": 3}, "not a multiple of n_kv_heads 3"),
-    (ModelConfig, DECODER | {"head_dim": 3}, "even head_dim, not 3"),
+    (ModelConfig, DECODER | {"head_dim": 3}, "even head_dim and rotary_dim, not 3"),
     (ModelConfig, DECODER | {"window": ()}, "window is empty"),
     (ModelConfig, DECODER | {"rope_theta": ()}, "rope_theta is empty"),
     (ModelConfig, DECODER | {"position": "relative", "relative_buckets": 3}, "relative_buckets is"),

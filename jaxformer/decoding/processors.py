@@ -118,9 +118,7 @@ def ban(mask: Bool[Array, " V"]) -> Processor:
     return stateless(lambda logits: jnp.where(mask[None, None], -jnp.inf, logits))
 
 
-def min_length(
-    least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, " E"]
-) -> Processor:
+def min_length(least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, " E"]) -> Processor:
     """Forbid the ends of sequence until `least` tokens stand before them."""
     ends = jnp.asarray(eos_ids)
 

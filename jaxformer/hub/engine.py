@@ -86,9 +86,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def settle_head(
-    family: Family, config: ModelConfig, tensors: Mapping[str, Stored]
-) -> ModelConfig:
+def settle_head(family: Family, config: ModelConfig, tensors: Mapping[str, Stored]) -> ModelConfig:
     """`config` with its head tied or not, as the tensors are: configs are known to be wrong."""
     names = {path: row.theirs for row in rows_of(family, config) for path in row.ours}
     if config.head != "tokens" or "head/kernel" not in names:
@@ -211,9 +209,7 @@ def rows_of(family: Family, config: ModelConfig) -> list[Row]:
     return [row for row in family.rows if all(getattr(config, k) == v for k, v in row.only)]
 
 
-def theirs_shape(
-    row: Row, config: ModelConfig
-) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+def theirs_shape(row: Row, config: ModelConfig) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """The shape of their tensor, and the stretch of its axis that each of ours takes."""
     letters = sizes(config)
     shapes = [

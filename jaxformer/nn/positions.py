@@ -7,9 +7,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.config import ModelConfig
 
 
-def sinusoid(
-    pos: Int[Array, "B T"], width: int, *, halves: bool = False
-) -> Float[Array, "B T D"]:
+def sinusoid(pos: Int[Array, "B T"], width: int, *, halves: bool = False) -> Float[Array, "B T D"]:
     """Fixed sine (even columns) and cosine (odd) embeddings (Vaswani et al. 2017, section 3.5).
 
     With `halves` all sines come first.

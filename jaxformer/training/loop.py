@@ -18,8 +18,8 @@ from jaxformer.config import DecodeConfig, MeshConfig, TrainConfig
 from jaxformer.data import pipeline, sources, tasks, tokenizer
 from jaxformer.data.sources import Example
 from jaxformer.errors import CheckpointError, ConfigError, DataError, Stopped
-from jaxformer.model import Model
 from jaxformer.loading import load
+from jaxformer.model import Model
 from jaxformer.training import manifest, optim
 from jaxformer.training.checkpoint import Checkpoints, lock
 from jaxformer.training.evaluate import evaluate_loss, evaluate_text, samples, spaced

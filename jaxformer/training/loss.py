@@ -16,7 +16,8 @@ def cross_entropy(
     """What is minimised at each position, and the plain negative log-likelihood, in nats.
 
     Smoothing spreads that share of the target evenly over the vocabulary (Szegedy et al. 2016,
-    section 7), but for its last `vocab_padding` ids, whose logits are -inf; z-loss adds z_loss * log(Z)**2 (Chowdhery et al. 2022, section 5).
+    section 7) but for its last `vocab_padding` ids, whose logits are -inf; z-loss adds
+    z_loss * log(Z)**2 (Chowdhery et al. 2022, section 5).
     """
     # logsumexp - gather never writes the normalised [B, T, V] array that log_softmax does.
     log_z = jax.nn.logsumexp(logits, axis=-1)

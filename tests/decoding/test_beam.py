@@ -14,7 +14,10 @@ norms = pytest.mark.parametrize("norm", ["wu", "plain"])
 
 
 def search(model, row, width, length, alpha, norm):
-    """Beam search on lists, to the full length: (score, tokens) of the pool, best first."""
+    """Beam search on lists, to the full length: (score, tokens) of the pool, best first.
+
+    Only what is among the `width` best of a step may end; an end below them is dropped.
+    """
     live, pool = [(0.0, ())], []
     for t in range(length):
         scored = [
@@ -26,7 +29,7 @@ def search(model, row, width, length, alpha, norm):
         ends = [tokens[-1] == EOS or t + 1 == length for _, tokens in scored]
         pool += [
             (score / lengthen(t + 1, alpha, norm), tokens)
-            for (score, tokens), end in zip(scored, ends, strict=True)
+            for (score, tokens), end in zip(scored[:width], ends[:width], strict=True)
             if end
         ]
         pool = sorted(pool, reverse=True)[:width]
@@ -52,12 +55,13 @@ def test_a_beam_of_one_is_greedy(norm, seed, alpha, eos):
 @settings(max_examples=20, deadline=None)
 def test_a_wide_beam_is_brute_force(norm, seed, alpha):
     model = toy(seed, vocabulary=4, eos=0.5)
-    decoded = run(model, "beam", 27, norm, 4, alpha=alpha)  # 27 prefixes live at the last step
+    # 27 prefixes are alive at the last step, and each has 4 ends.
+    decoded = run(model, "beam", 108, norm, 4, alpha=alpha)
     for row in range(2):
         ranked = sorted(
             (model.log_prob(row, tokens) / lengthen(len(tokens), alpha, norm), tokens)
             for tokens in sequences(4, 4)
-        )[::-1][:27]
+        )[::-1][:108]
         found = hypotheses(decoded, row)
         np.testing.assert_allclose(
             [h[1] for h in found], [score for score, _ in ranked], rtol=1e-4, atol=1e-4

@@ -136,10 +136,7 @@ ROBERTA = Family(
         *(r._replace(only=BASE) for r in _linear("pooler", "roberta.pooler.dense")),
         *(r._replace(only=SENTENCE) for r in _linear("pooler", "classifier.dense")),
         *(r._replace(only=SENTENCE) for r in linear("head", "classifier.out_proj", "c d -> d c")),
-        *(
-            r._replace(only=(("head", "each"),))
-            for r in linear("head", "classifier", "c d -> d c")
-        ),
+        *(r._replace(only=(("head", "each"),)) for r in linear("head", "classifier", "c d -> d c")),
         *_linear("transform", "lm_head.dense"),
         *norm("transform_norm", "lm_head.layer_norm"),
         row("head_bias", "lm_head.bias", "v -> v"),
@@ -151,10 +148,7 @@ ROBERTA = Family(
 XLM_ROBERTA = ROBERTA._replace(
     name="XLM-RoBERTa",
     model_type="xlm-roberta",
-    architectures={
-        f"XLM{name}": fields
-        for name, fields in ROBERTA.architectures.items()
-    },
+    architectures={f"XLM{name}": fields for name, fields in ROBERTA.architectures.items()},
     about="RoBERTa in a hundred languages",
 )
 DISTILBERT = Family(

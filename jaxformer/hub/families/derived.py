@@ -19,9 +19,7 @@ def heads(theirs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-HEADS = Derived(
-    heads, lambda c: {"num_key_value_heads": c.kv_heads, "head_dim": c.dim_per_head}
-)
+HEADS = Derived(heads, lambda c: {"num_key_value_heads": c.kv_heads, "head_dim": c.dim_per_head})
 
 
 def rope(theirs: Mapping[str, Any], theta: float = 10000.0) -> dict[str, Any]:
@@ -90,9 +88,7 @@ def query_scale(theirs: Mapping[str, Any]) -> dict[str, Any]:
     return {"attention_scale": theirs.get("query_pre_attn_scalar", 256) ** -0.5}
 
 
-QUERY_SCALE = Derived(
-    query_scale, lambda c: {"query_pre_attn_scalar": whole(c.query_scale**-2)}
-)
+QUERY_SCALE = Derived(query_scale, lambda c: {"query_pre_attn_scalar": whole(c.query_scale**-2)})
 
 
 def root_scaled(theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,7 @@ GPT2 = Family(
             "transformer.h.*.attn.c_attn.bias",
             ("(n h) -> n h",) * 3,
         ),
-        *_projection(
-            f"{LAYER}/attention/out", "transformer.h.*.attn.c_proj", "(n h) d -> n h d"
-        ),
+        *_projection(f"{LAYER}/attention/out", "transformer.h.*.attn.c_proj", "(n h) d -> n h d"),
         *norm(f"{LAYER}/mlp_norm", "transformer.h.*.ln_2"),
         *_projection(f"{LAYER}/mlp/up", "transformer.h.*.mlp.c_fc", "d f -> d f"),
         *_projection(f"{LAYER}/mlp/down", "transformer.h.*.mlp.c_proj", "f d -> f d"),
@@ -116,9 +114,7 @@ OPT = Family(
         *(
             part
             for path, name in zip(QKV, ("q_proj", "k_proj", "v_proj"), strict=True)
-            for part in linear(
-                path, f"model.decoder.layers.*.self_attn.{name}", "(n h) d -> d n h"
-            )
+            for part in linear(path, f"model.decoder.layers.*.self_attn.{name}", "(n h) d -> d n h")
         ),
         *linear(
             f"{LAYER}/attention/out",

@@ -54,8 +54,11 @@ FOUR_NORMS = (
 )
 FUSED = (
     Row(
-        (f"{LAYER}/attention/query/kernel", f"{LAYER}/attention/key/kernel",
-         f"{LAYER}/attention/value/kernel"),
+        (
+            f"{LAYER}/attention/query/kernel",
+            f"{LAYER}/attention/key/kernel",
+            f"{LAYER}/attention/value/kernel",
+        ),
         f"{THEIRS}.self_attn.qkv_proj.weight",
         (Q, K, K),
     ),  # fmt: skip
@@ -229,8 +232,12 @@ GEMMA = LLAMA._replace(
         *COMMON,
         Field("max_length", "max_position_embeddings", 8192),
         # An old config says gelu and means this (its hidden_activation is null).
-        Field("activation", "hidden_act", "gelu_pytorch_tanh",
-              (("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu_tanh"))),
+        Field(
+            "activation",
+            "hidden_act",
+            "gelu_pytorch_tanh",
+            (("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu_tanh")),
+        ),
         TIED,
         *BIASES,
     ),  # fmt: skip
