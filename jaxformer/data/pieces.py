@@ -24,7 +24,7 @@ MBART_50 = (
     "pt_XX sv_SE sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"
 ).split()
 """Languages that mBART-50 has besides."""
-MAX_NAMED = 10_000
+MAX_NAMED = 1000
 """Tokens that are no pieces, at most."""
 
 
