@@ -7,6 +7,7 @@ takes its share of their rows, and where a run stopped is one number.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +25,7 @@ from jaxformer.data.layout import (
     ragged,
 )
 from jaxformer.data.tasks import Rows
-from jaxformer.data.tokenizer import N_SPECIAL, Tokenizer
+from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import ConfigError, DataError
 from jaxformer.types import Batch, Tokens
 
@@ -111,11 +112,17 @@ class Assembler:
         filled = spread(ids, at, shape, self.tokenizer.pad_id)
         return Tokens(filled, spread(pos, at, shape), spread(seg, at, shape))
 
+    @cached_property
+    def ordinary(self) -> Ints:
+        """The ids that stand for text."""
+        return np.setdiff1d(np.arange(self.tokenizer.vocab_size), [*self.tokenizer.special_ids])
+
     def mask(self, ids: Ints, part: Ints, size: Ints, epoch: int) -> tuple[Ints, np.ndarray]:
         """`ids` with some hidden, and weights of 1 where they are to be predicted.
 
-        A share `mask_rate` is predicted, at least one in each part, eos only if it is alone: 80% of
-        these read as the mask, 10% as a random id, 10% as they are (Devlin et al. 2019).
+        A share `mask_rate` is predicted, at least one in each part, special ids (but the unknown)
+        only if they are alone: 80% of these read as the mask, 10% as a random id, 10% as they are
+        (Devlin et al. 2019).
         """
         # Each part has its own generator, so that batching never changes what is masked.
         draws = [
@@ -123,12 +130,13 @@ class Assembler:
             for p, n in zip(part.tolist(), size.tolist(), strict=True)
         ]
         pick, how, which = np.concatenate([np.empty((3, 0)), *draws], 1)
-        pick += ids == self.tokenizer.eos_id
+        special = self.tokenizer.special_ids - {self.tokenizer.unk_id} | {self.tokenizer.eos_id}
+        pick += np.isin(ids, [*special])
         group, _ = ragged(size)
         lowest = np.full(len(size), np.inf)
         np.minimum.at(lowest, group, pick)
         picked = (pick < self.config.mask_rate) | (pick == lowest[group])
-        other = N_SPECIAL + (which * (self.tokenizer.vocab_size - N_SPECIAL)).astype(int)
+        other = self.ordinary[(which * len(self.ordinary)).astype(int)]
         read = np.where(how < 0.8, self.tokenizer.mask_id, np.where(how < 0.9, other, ids))
         return np.where(picked, read, ids), picked.astype(np.float32)
 

@@ -14,9 +14,9 @@ from jaxformer.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised examples, flat: example i is `ids[offsets[i]:offsets[i + 1]]`, its eos last.
+    """Tokenised examples, flat: example i is `ids[offsets[i]:offsets[i + 1]]`, its end included.
 
-    For lm and mlm all sources are empty (without an eos, too) and the text is the target.
+    For lm and mlm all sources are empty (without an end, too) and the text is the target.
     """
 
     source_ids: Int[np.ndarray, "source_tokens"]
@@ -38,14 +38,14 @@ def source_text(config: DataConfig, text: str) -> str:
 
 
 def encode_source(config: DataConfig, tokenizer: Tokenizer, text: str) -> Int[np.ndarray, "S"]:
-    """Ids of the source `text`, with eos."""
-    ids = tokenizer.encode(source_text(config, text))
-    return np.array([*ids, tokenizer.eos_id], np.int32)
+    """What the encoder reads for the source `text`."""
+    return np.array(tokenizer.source(source_text(config, text)), np.int32)
 
 
 def encode_target(config: DataConfig, tokenizer: Tokenizer, text: str) -> Int[np.ndarray, "T"]:
-    """Ids of the target `text`, with eos."""
-    return np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+    """What is to be learnt of the target `text`: what a decoder writes or, for mlm, reads, too."""
+    ids = tokenizer.source(text) if config.task == "mlm" else tokenizer.target(text)
+    return np.array(ids, np.int32)
 
 
 def texts(config: DataConfig, examples: Iterable[Example]) -> Iterator[str]:
@@ -69,8 +69,7 @@ def tokenise(
         for text in example.targets if one_per_target else example.targets[:1]:
             source.extend(ids)
             source_offsets.append(len(source))
-            target.extend(tokenizer.encode(text))
-            target.append(tokenizer.eos_id)
+            target.extend(encode_target(config, tokenizer, text).tolist())
             target_offsets.append(len(target))
     return Rows(
         np.array(source, np.int32),

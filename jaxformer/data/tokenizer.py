@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +16,58 @@ N_SPECIAL = 4
 """Ids below this are special: padding, end, unknown and mask."""
 MAX_BYTES = 64 * 2**20
 """Largest tokenizer file that is read; SentencePiece parses it in native code."""
-SETTINGS, MODEL = "tokenizer.json", "tokenizer.model"
+SETTINGS, MODEL = "settings.json", "tokenizer.model"
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back; `encode` adds no special ids, `decode` ends before the first eos."""
+    """Text to ids and back. What is written here holds for the tokenizers trained here."""
 
     pad_id: int = 0
     eos_id: int = 1
+    """What ends a text in training."""
     unk_id: int = 2
     mask_id: int = 3
     start_id: int = 0
     """What a decoder reads first: the padding id, as in T5 (Raffel et al. 2020)."""
+    stop_ids: tuple[int, ...] = (1,)
+    """Every id that ends a generated text."""
+    special_ids: frozenset[int] = frozenset(range(N_SPECIAL))
+    """Ids that stand for no text."""
+    chat_template: str | None = None
+    """How a conversation is written, in jinja2's language."""
 
     @property
     def vocab_size(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` alone, with none put before or after it."""
+        ...
+
+    def source(self, text: str) -> list[int]:
+        """What an encoder reads for `text`."""
+        return [*self.encode(text), self.eos_id]
+
+    def target(self, text: str) -> list[int]:
+        """What a decoder learns to write for `text`, after `start_id`."""
+        return [*self.encode(text), self.eos_id]
+
+    def prompt(self, text: str) -> list[int]:
+        """What a decoder without an encoder reads, to continue `text`."""
+        return [self.start_id, *self.encode(text)]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """What a chat model continues with its answer: `messages` have a "role" and "content".
+
+        Raises `DataError` if there is no chat template, or it refuses the messages.
+        """
+        raise DataError(
+            "this tokenizer has no chat template (a file chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), so the model may be none for chats; use prompts."
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids before the first of `stop_ids`, without special ones."""
+        ...
+
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by file name."""
         ...
@@ -49,17 +84,17 @@ class Tokenizer(Protocol):
             (folder / name).write_bytes(data)
 
 
-def content(ids: Iterable[int], eos_id: int, vocab_size: int) -> list[int]:
-    """The ids that stand for text: those before the first eos, without special and foreign ones.
+def content(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids that stand for text: those before the first stop, without special and foreign ones.
 
-    >>> content([5, 0, 99, 6, 1, 7], eos_id=1, vocab_size=10)
+    >>> content([5, 0, 999, 6, 1, 7], ByteTokenizer())
     [5, 6]
     """
     kept = []
     for i in map(int, ids):
-        if i == eos_id:
+        if i in tokenizer.stop_ids:
             break
-        if N_SPECIAL <= i < vocab_size:
+        if 0 <= i < tokenizer.vocab_size and i not in tokenizer.special_ids:
             kept.append(i)
     return kept
 
@@ -88,7 +123,7 @@ class SymbolTokenizer(Tokenizer):
         return [self._ids.get(symbol, self.unk_id) for symbol in split(text, self.separator)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = content(ids, self.eos_id, self.vocab_size)
+        known = content(ids, self)
         return self.separator.join(self.symbols[i - N_SPECIAL] for i in known)
 
     def files(self) -> dict[str, bytes]:
@@ -114,7 +149,7 @@ class ByteTokenizer(Tokenizer):
         return [byte + N_SPECIAL for byte in text.encode(errors="replace")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = content(ids, self.eos_id, self.vocab_size)
+        known = content(ids, self)
         return bytes(i - N_SPECIAL for i in known).decode(errors="replace")
 
     def files(self) -> dict[str, bytes]:
@@ -156,7 +191,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode(content(ids, self.eos_id, self.vocab_size))
+        return self._processor.decode(content(ids, self))
 
     def files(self) -> dict[str, bytes]:
         return {SETTINGS: settings("sentencepiece"), MODEL: self.model}
@@ -253,8 +288,17 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
                 and len(set(symbols)) == len(symbols) > 0
             ):
                 return SymbolTokenizer(tuple(symbols), separator)
+        case {
+            "type": "pretrained",
+            "config": dict(config),
+            "generation": dict(generation),
+            **rest,
+        } if not rest:
+            from jaxformer.data.pretrained_tokenizer import read_tokenizer
+
+            return read_tokenizer(path.parent, config, generation)
     raise DataError(
-        f"{path} describes no tokenizer: it needs a type (symbols, byte, sentencepiece) and, for "
+        f"{path} describes no tokenizer: it needs a type (as byte or sentencepiece) and, for "
         "symbols, a list of different ones and a separator; run `jaxformer tokenizer` again."
     )
 

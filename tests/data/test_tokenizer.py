@@ -149,14 +149,14 @@ def test_too_small_a_vocabulary_is_an_error():
     ],
 )
 def test_malformed_settings_are_refused_by_name(content, tmp_path):
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / "settings.json"
     path.write_text(content)
-    with pytest.raises(DataError, match="tokenizer.json"):
+    with pytest.raises(DataError, match="settings.json"):
         load_tokenizer(tmp_path)
 
 
 def test_missing_and_oversized_files_are_refused_by_name(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="tokenizer.json"):
+    with pytest.raises(DataError, match="settings.json"):
         load_tokenizer(tmp_path)
     PIECES.save(tmp_path)
     monkeypatch.setattr(tokenizers, "MAX_BYTES", 1000)
@@ -179,7 +179,7 @@ def test_foreign_and_broken_models_are_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(DataError, match="must be 0, 1, 2"):
         SentencePieceTokenizer(model.getvalue())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"type": "sentencepiece"}))
+    (tmp_path / "settings.json").write_text(json.dumps({"type": "sentencepiece"}))
     (tmp_path / "tokenizer.model").write_bytes(b"garbage")
     with pytest.raises(DataError, match="tokenizer.model.*not a SentencePiece model"):
         load_tokenizer(tmp_path)
