@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxformer import run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
+from jaxformer.data.pretrained_tokenizer import read_tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.model import Model, Origin
@@ -47,12 +48,6 @@ def load(
         return _load_run(path, step, dtype, mesh)
     if step is not None:
         raise ConfigError(f"{path} is no training run, so it has no step {step}; leave step out.")
-    if not folder.is_folder(path):
-        raise CheckpointError(
-            f"{path} is neither a run directory (it has no {run.VERSIONS}) nor a Hugging Face one "
-            f"(it has no {folder.CONFIG}); give the run_dir of a training run, or a downloaded "
-            "folder."
-        )
     return _load_folder(path, dtype, mesh, max_length)
 
 
@@ -82,12 +77,45 @@ def _load_run(path: Path, step: int | None, dtype: DType | None, mesh: Mesh | No
     return Model(model, params, tokenizer, config.data, config.decode, origin and Origin(**origin))
 
 
+def load_weights(
+    path: str | Path,
+    *,
+    dtype: DType | None = None,
+    mesh: Mesh | None = None,
+    max_length: int | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a Hugging Face directory or GGUF file, which needs no tokenizer.
+
+    Arguments and errors are those of `load`.
+    """
+    return _read_weights(_open(Path(path)), str(path), dtype, mesh, max_length)
+
+
 def _load_folder(
     path: Path, dtype: DType | None, mesh: Mesh | None, max_length: int | None
 ) -> Model:
-    from jaxformer.data.foreign import read_tokenizer
+    found = _open(path)
+    config, params = _read_weights(found, str(path), dtype, mesh, max_length)
+    tokenizer = read_tokenizer(path, found.theirs, found.generation)
+    data = DataConfig(task=TASKS[config.kind], buckets=(min(128, config.max_length),))
+    prefixed = engine.is_prefixed(found.family, found.tensors)
+    origin = Origin(found.theirs, found.generation, prefixed)
+    return Model(config, params, tokenizer, data, found.decode, origin)
 
-    found = folder.open_folder(path)
+
+def _open(path: Path) -> folder.Folder:
+    if not folder.is_folder(path):
+        raise CheckpointError(
+            f"{path} is neither a run directory (it has no {run.VERSIONS}) nor a Hugging Face one "
+            f"(it has no {folder.CONFIG}); give the run_dir of a training run, or a downloaded "
+            "folder."
+        )
+    return folder.open_folder(path)
+
+
+def _read_weights(
+    found: folder.Folder, where: str, dtype: DType | None, mesh: Mesh | None, max_length: int | None
+) -> tuple[ModelConfig, dict[str, Any]]:
     config = found.config
     if max_length is not None:
         config = _longer(config, max_length)
@@ -97,22 +125,12 @@ def _load_folder(
             config, vocab_size=config.vocab_size + rest, vocab_padding=rest
         )
         sharding.check_fits(config, mesh)
-    shapes = _shapes(abstract_params(config, mesh))
-    leaves = engine.bind(found.family, config, shapes, found.tensors, str(path))
+    leaves = engine.bind(
+        found.family, config, shapes(abstract_params(config, mesh)), found.tensors, where
+    )
     dtype = dtype or _own_dtype(leaves)
     config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
-    data = DataConfig(
-        task=TASKS[config.kind],
-        buckets=(min(128, config.max_length),),
-    )
-    return Model(
-        config,
-        read_params(leaves, abstract_params(config, mesh)),
-        read_tokenizer(path, found.theirs, found.generation),
-        data,
-        found.decode,
-        Origin(found.theirs, found.generation, engine.is_prefixed(found.family, found.tensors)),
-    )
+    return config, read_params(leaves, abstract_params(config, mesh))
 
 
 def read_params(leaves: Mapping[str, engine.Leaf], abstract: dict[str, Any]) -> dict[str, Any]:
@@ -126,8 +144,9 @@ def read_params(leaves: Mapping[str, engine.Leaf], abstract: dict[str, Any]) -> 
     return unflatten_dict({path: make(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-def _shapes(abstract: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+def shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path, as `decoder/final_norm/scale`."""
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 
 
 def _own_dtype(leaves: Mapping[str, engine.Leaf]) -> Any:

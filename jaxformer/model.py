@@ -187,8 +187,8 @@ class Model:
         for i, text in enumerate(texts):
             if mask not in self._source(text):
                 raise ConfigError(
-                    f"text {i} has no mask; write {self.tokenizer.decode_token(mask)!r} where one "
-                    "is to be filled in."
+                    f"text {i} has no mask; write the tokenizer's mask token, as [MASK], where "
+                    "one is to be filled in."
                 )
         for ids, rows in zip(map(self._source, texts), self._probabilities(texts), strict=True):
             best = rows[: len(ids)].argmax(-1)

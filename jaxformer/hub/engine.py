@@ -7,8 +7,9 @@ part, so that a device reads only its own share of a file.
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ def bind(
                 wrong.append(f"{name}: {list(stored.shape)} there, {list(wanted)} wanted")
                 continue
             for path, layout, (start, stop) in zip(row.ours, row.layouts, stretches, strict=True):
-                letters = {k: n for k, n in sizes(config).items() if k in layout and k != "1"}
+                letters = letters_of(layout, config)
                 parts[path].append(Part(stored, row.axis, start, stop, layout, letters))
         for path, found in parts.items():
             dtype = found[0].stored.dtype if found else np.dtype(np.float32)
@@ -161,14 +162,9 @@ def bind(
 
 
 def export(
-    family: Family,
-    config: ModelConfig,
-    leaves: Mapping[str, tuple[int, ...]],
-    fetch: Callable[[str], np.ndarray],
-    *,
-    prefixed: bool,
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Their tensors: name, shape, and how to make it; `fetch` gives one of our leaves, whole.
+    family: Family, config: ModelConfig, leaves: Mapping[str, Stored], *, prefixed: bool
+) -> dict[str, Stored]:
+    """Their tensors of our leaves, none of which is read yet; `prefixed` as in `is_prefixed`.
 
     Raises `CheckpointError` if the family has no place for one of our leaves.
     """
@@ -179,29 +175,37 @@ def export(
         raise CheckpointError(
             f"{family.name} checkpoints have no place for\n" + _listed("parameters", homeless)
         )
-    letters = sizes(config)
-
-    def make(row: Row, layer: int | None) -> np.ndarray:
-        parts = []
-        for path, layout in zip(row.ours, row.layouts, strict=True):
-            left, right = layout.split(" -> ")
-            leaf = fetch(path) if layer is None else fetch(path)[layer]
-            # Padding of the vocabulary stays here.
-            leaf = leaf[tuple(slice(letters[axis]) for axis in right.split())]
-            known = {k: n for k, n in letters.items() if k in layout and k != "1"}
-            parts.append(rearrange(leaf, f"{right} -> {left}", **known))
-        return np.concatenate(parts, row.axis) if len(parts) > 1 else np.ascontiguousarray(parts[0])
-
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    theirs = {}
     for row in rows:
         if not all(path in leaves for path in row.ours):
             continue
-        layers = n_layers(row, leaves)
+        layers = n_layers(row, shapes)
         shape, _ = theirs_shape(row, config)
         for i in range(layers or 1):
             name = row.theirs.replace("*", str(i))
             name = name if prefixed else name.removeprefix(family.prefix)
-            layer = None if layers is None else i
-            yield name, shape, lambda row=row, layer=layer: make(row, layer)
+            read = partial(_join, row, config, leaves, None if layers is None else i)
+            theirs[name] = Stored(shape, leaves[row.ours[0]].dtype, read)
+    return theirs
+
+
+def _join(
+    row: Row, config: ModelConfig, leaves: Mapping[str, Stored], layer: int | None
+) -> np.ndarray:
+    """Their tensor of our leaves, or of one layer of them; padding of the vocabulary stays here."""
+    letters, parts = sizes(config), []
+    for path, layout in zip(row.ours, row.layouts, strict=True):
+        left, right = layout.split(" -> ")
+        leaf = leaves[path].read() if layer is None else leaves[path].read()[layer]
+        leaf = leaf[tuple(slice(letters[axis]) for axis in right.split())]
+        parts.append(rearrange(leaf, f"{right} -> {left}", **letters_of(layout, config)))
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, row.axis))
+
+
+def letters_of(layout: str, config: ModelConfig) -> dict[str, int]:
+    """The sizes of the letters in a layout, which is all that einops wants to know."""
+    return {letter: n for letter, n in sizes(config).items() if letter in layout and letter != "1"}
 
 
 def rows_of(family: Family, config: ModelConfig) -> list[Row]:

@@ -4,6 +4,7 @@ A family is one table. Import reads it from right to left (their names to ours),
 right; nothing in it is code for one direction only, but for the few settings that are derived.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -161,6 +162,55 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     for derived in family.derived:
         theirs |= derived.write(config)
     return theirs
+
+
+TRAINING = ("dropout", "attention_dropout", "mlp_dropout", "lora_rank", "lora_alpha",
+            "lora_targets", "initializer", "init_std", "embed_init_std", "init_residual_scaled",
+            "param_dtype", "compute_dtype", "remat", "scan_layers", "pooling",
+            "pooling_norm")  # fmt: skip
+"""Fields that say nothing about what a trained model computes of its tokens."""
+
+
+def differences(family: Family, config: ModelConfig) -> list[str]:
+    """In which fields a model of ours is not what the family's own config says of it."""
+    try:
+        again = resolved(read_config(family, write_config(family, config), "its config"))
+    except CheckpointError as e:
+        return [str(e)]
+    return [
+        f"{name} is {value!r}, not {again[name]!r}"
+        for name, value in resolved(config).items()
+        if value != again[name]
+    ]
+
+
+def resolved(config: ModelConfig) -> dict[str, Any]:
+    """The fields that make up the architecture, with nothing left to defaults."""
+    fields = dataclasses.asdict(config)
+    n = max(config.n_encoder_layers, config.n_decoder_layers)
+    for name in ("window", "rope_theta", "rope_factor"):
+        fields[name] = [fields[name][i % len(fields[name])] for i in range(n)]
+    fields |= {
+        "n_kv_heads": config.kv_heads,
+        "head_dim": config.dim_per_head,
+        "rotary_dim": config.rotated,
+        "attention_scale": round(config.query_scale, 9),
+        "embed_scale": round(config.embed_scale, 6),
+        "vocab_size": config.vocab_size - config.vocab_padding,
+        "vocab_padding": 0,
+        "norm_bias": config.norm == "layer" and config.norm_bias,
+    }
+    unused = {
+        "rotary": ("rope_theta", "rope_factor", "rope_scaling", "rope_original_length",
+                   "rope_low_freq_factor", "rope_high_freq_factor", "rope_divisors",
+                   "rope_magnitude", "rotary_dim"),
+        "relative": ("relative_buckets", "relative_max_distance"),
+        "sinusoidal": ("sinusoid",),
+    }  # fmt: skip
+    idle = [name for kind, names in unused.items() if kind != config.position for name in names]
+    if config.rope_scaling == "linear":
+        idle += unused["rotary"][3:6]
+    return {name: value for name, value in fields.items() if name not in (*TRAINING, *idle)}
 
 
 def _architecture(family: Family, theirs: Mapping[str, Any], where: str) -> Mapping[str, Any]:
