@@ -1,6 +1,7 @@
 """Training runs from end to end: stopped, killed, damaged, refused, and what they leave behind."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import ByteTokenizer
 from jaxformer.errors import CheckpointError, NumericsError, Stopped
 from jaxformer.model import Model
-from jaxformer.training import loop
+from jaxformer.training import loop, manifest
 from jaxformer.training.checkpoint import lock
 from jaxformer.training.evaluate import evaluate_loss
 from jaxformer.training.loop import fit
@@ -136,6 +138,12 @@ def interrupt(
     assert caught.value.exit_code == 75
 
 
+def written(checkpoint: Path) -> dict[str, int]:
+    """When each file of a checkpoint but its manifest was written."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return {str(p): p.stat().st_mtime_ns for p in files if p.name != manifest.NAME}
+
+
 def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path):
     config = tiny.masked(tmp_path)
     interrupt(config, "SIGTERM", in_compilation)
@@ -144,8 +152,14 @@ def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path
     interrupt(config, "SIGTERM", in_evaluation)
     assert tiny.last_state(tmp_path).step == 5
     assert tiny.metrics(tmp_path)[-1]["step"] == 3
+    checkpoint = tmp_path / "checkpoints" / "5"
+    before = written(checkpoint)
     interrupt(config, "SIGINT", in_step)
     assert tiny.last_state(tmp_path).step == 7
+    # The loss that 5 lacked came to its manifest; its arrays, the only ones there, stayed.
+    (line,) = (line for line in tiny.metrics(tmp_path) if "eval/loss" in line)
+    assert line["step"] == 5 and line["eval/loss"] == manifest.read(checkpoint)["loss"]
+    assert written(checkpoint) == before
     fit(config)
     tiny.assert_same_run(tmp_path, masked_run)
 
@@ -271,6 +285,30 @@ def test_a_loss_that_stays_infinite_ends_the_run(tmp_path: Path):
     assert restored.step >= 2
     for leaf in jax.tree.leaves(restored.state.params):
         assert np.isfinite(leaf).all()
+
+
+def test_a_failed_save_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not at the next save, which may be hours away."""
+    failed, seen = threading.Event(), []
+
+    def full(*_: Any) -> None:
+        failed.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def advance(self: Report, step: int, note: str) -> None:
+        seen.append(step)
+        if step > 20:
+            assert failed.wait(60)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr(Report, "advance", advance)
+    config = tiny.masked(tmp_path)
+    config = dataclasses.replace(config, steps=39, save_every=20, eval_every=99, log_every=99)
+    with pytest.raises(CheckpointError, match="saving step 20 .*failed: .*No space left") as caught:
+        fit(config)
+    assert caught.value.exit_code == 4 and seen[-1] < 25
+    assert not manifest.steps(tmp_path / "checkpoints")
 
 
 # Real processes, with one device each.
