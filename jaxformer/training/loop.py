@@ -132,7 +132,7 @@ def fit(config: TrainConfig) -> None:
             report.plot()
             return scores["eval/loss"]
 
-        window = Window.from_json(meta.get("window", []))
+        window = Window.from_json(meta["window"]) if meta else Window()
 
         def meta_now() -> dict[str, Any]:
             return {
