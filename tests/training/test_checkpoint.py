@@ -364,6 +364,9 @@ def test_second_writer_is_refused_by_name(tmp_path: Path):
         with pytest.raises(CheckpointError) as caught, lock(tmp_path):
             pass
         assert f"process {os.getpid()} on host {socket.gethostname()}" in str(caught.value)
+        (tmp_path / "lock").write_text("elsewhere 123\n")  # as another host would have
+        with pytest.raises(CheckpointError, match="process 123 on host elsewhere"):
+            lock(tmp_path).__enter__()
     with lock(tmp_path):
         assert (tmp_path / "lock").read_text().split() == [socket.gethostname(), str(os.getpid())]
 
