@@ -7,7 +7,9 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import tyro
 
 from jaxformer import config
 from jaxformer.config import DecodeConfig, hint
-from jaxformer.errors import ConfigError, DataError, UserError
+from jaxformer.errors import ConfigError, DataError, Stopped, UserError
 
 USAGE = """\
 usage: jaxformer COMMAND [OPTIONS]        (jaxformer COMMAND --help lists its options)
@@ -27,7 +29,8 @@ usage: jaxformer COMMAND [OPTIONS]        (jaxformer COMMAND --help lists its op
   evaluate   --run DIR [--beams 4 ...]                  score the validation data, as JSON
   tokenizer  --config FILE.py --output DIR              train a tokenizer on the training data
 
-exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint, 5 numerics, 75 stopped, resumable
+exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint or run directory, 5 numerics,
+75 stopped by SIGTERM or Ctrl-C (the same command resumes, or begins anew), 141 nobody reads on
 """
 
 AT_ONCE = 4096  # lines generated for before any is written
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     name, *rest = arguments
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if name not in COMMANDS:
             raise ConfigError(f"there is no command {name!r}.{hint(name, COMMANDS)}\n\n{USAGE}")
@@ -88,12 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"jaxformer: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as e:
+        print(f"jaxformer: stopped by {e}; give the same command again.", file=sys.stderr)
+        return Stopped.exit_code
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _stop(number: int, _: object) -> None:
+    """Leave whatever is being done (training has its own way); a second signal kills."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def train(argv: list[str]) -> None:
@@ -141,15 +156,18 @@ def tokenizer(argv: list[str]) -> None:
     """`jaxformer tokenizer`."""
     options, rest = tyro.cli(TokenizerOptions, args=argv, return_unknown_args=True)
     settings = config.load(rest)
+    from jaxformer import run
     from jaxformer.data import sources, tasks
     from jaxformer.data.tokenizer import train_tokenizer
 
+    output = Path(options.output)
+    with run.writing(output):  # found out before the work
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     examples, _ = sources.read(settings.data, settings.seed)
     pieces = train_tokenizer(settings.data, tasks.texts(settings.data, examples))
-    try:
-        pieces.save(Path(options.output))
-    except OSError as e:
-        raise ConfigError(f"cannot write to {options.output}: {e.strerror}.") from None
+    with run.writing(output):
+        pieces.save(output)
     print(f"{options.output}: {pieces.vocab_size} ids, SHA-256 {pieces.hash}")
 
 

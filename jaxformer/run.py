@@ -1,9 +1,11 @@
 """What a run directory holds besides its checkpoints, written once and checked when read again."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,31 @@ MAY_CHANGE = {"run_dir", "steps", "log_every", "eval_every", "save_every", "keep
               "mesh", "decode"}  # fmt: skip
 
 
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Within it, an `OSError` (no room, no permission) is a `CheckpointError`."""
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot write to {directory}: {e.strerror or e}. Make room or mend what is wrong "
+            "there, and give the same command again."
+        ) from e
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name, too
+    finally:
+        os.close(directory)
 
 
 def exists(run_dir: Path) -> bool:
@@ -39,12 +58,13 @@ def exists(run_dir: Path) -> bool:
 
 def create(run_dir: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Keep the resolved config, the tokenizer, and the versions of what it runs with."""
-    tokenizer.save(run_dir / TOKENIZER)
-    write_atomically(run_dir / CONFIG, to_json(config))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {"tokenizer_hash": tokenizer.hash, "versions": versions}
-    # Last: with it, the run exists.
-    write_atomically(run_dir / VERSIONS, json.dumps(record, indent=2) + "\n")
+    with writing(run_dir):
+        tokenizer.save(run_dir / TOKENIZER)
+        write_atomically(run_dir / CONFIG, to_json(config))
+        # Last: with it, the run exists.
+        write_atomically(run_dir / VERSIONS, json.dumps(record, indent=2) + "\n")
 
 
 def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:

@@ -4,6 +4,7 @@ Data, fully sharded and tensor parallelism are shapes of the mesh, not code.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_fits(config: ModelConfig, mesh: Mesh) -> None:
     for axis, sizes in {
         "tensor": {
             "n_heads": config.n_heads,
-            "n_kv_heads": config.kv_heads,
+            **({"n_kv_heads": config.n_kv_heads} if config.n_kv_heads else {}),
             "d_ff": config.d_ff,
             "vocab_size": config.vocab_size,
             "source_vocab_size": config.source_vocab_size,
@@ -77,13 +78,24 @@ def check_fits(config: ModelConfig, mesh: Mesh) -> None:
         for name, size in sizes.items():
             if size % parts:
                 fits = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
+                larger = _larger(config, name, parts)
                 wrong.append(
                     f"model.{name} {size} is not a multiple of mesh.{axis} {parts} "
-                    f"(mesh.{axis} could be {', '.join(map(str, fits))}; "
-                    f"or {name} {-(-size // parts) * parts})"
+                    f"(mesh.{axis} could be {', '.join(map(str, fits))}"
+                    + (f"; or {name} {larger})" if larger else ")")
                 )
     if wrong:
         raise ConfigError("the mesh does not divide the model:\n  " + "\n  ".join(wrong))
+
+
+def _larger(config: ModelConfig, name: str, parts: int) -> int | None:
+    """The next size of `name` that `parts` divides and the rest of `config` allows, if any near."""
+    start = -(-getattr(config, name) // parts) * parts
+    for size in range(start, start + 64 * parts, parts):
+        with contextlib.suppress(ConfigError):
+            dataclasses.replace(config, **{name: size})
+            return size
+    return None
 
 
 def batch_shards(mesh: Mesh) -> int:

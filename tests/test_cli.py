@@ -5,10 +5,12 @@ import io
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
-import time
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import tiny
 import jaxformer
 from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
+from jaxformer.data import sources
 from jaxformer.data.tokenizer import ByteTokenizer
+from jaxformer.generate import Model
 from jaxformer.training import loop
 
 
@@ -210,13 +214,37 @@ def test_a_misspelt_field_of_a_run_is_named(command: Any, tmp_path: Path):
     assert code == 2 and f"{path}.model has no field 'n_headz'. Did you mean 'n_heads'?" in errors
 
 
-def test_a_run_directory_that_cannot_be_written(command: Any, tmp_path: Path):
+def test_a_directory_that_cannot_be_written(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before anything is read, trained or compiled."""
+    for module, name in ((loop, "make_train_step"), (loop, "prepare"), (sources, "read")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(name))
     (tmp_path / "file").touch()
-    begin = time.monotonic()
-    file = tiny.config_file(tmp_path / "config.py", tiny.reverse(tmp_path / "file" / "run"))
-    code, out, errors = command("train", "--config", file)
-    assert (code, out) == (4, "") and f"cannot write to {tmp_path}/file/run: Not a dir" in errors
-    assert time.monotonic() - begin < 2  # before anything compiles
+    there = str(tmp_path / "file" / "there")
+    file = tiny.config_file(tmp_path / "config.py", tiny.reverse(Path(there)))
+    for name, options in (("train", ()), ("tokenizer", ("--output", there))):
+        code, out, errors = command(name, "--config", file, *options)
+        assert (code, out) == (4, "") and f"cannot write to {there}: Not a directory" in errors
+
+
+def test_signals_end_a_command_on_a_run(command: Any, monkeypatch: pytest.MonkeyPatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(Model, "hypotheses", lambda *_, n=number, **__: signal.raise_signal(n))
+        for name in ("generate", "evaluate"):
+            code, out, errors = command(name, *RUN, given=b"abc")
+            assert (code, out) == (75, "")
+            said = f"jaxformer: stopped by {number.name}; give the same command again.\n"
+            assert errors == said
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_command_that_is_installed():
+    project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["scripts"].items()
+    assert name == "jaxformer"
+    assert EntryPoint(name, value, "console_scripts").load() is main
 
 
 def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
@@ -231,6 +259,33 @@ def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
 
 
 # Real processes.
+
+WAITING = """
+import io, sys, threading
+from jaxformer import cli
+from jaxformer.generate import Model
+
+def wait(*arguments, **options):
+    print("generating", flush=True)
+    threading.Event().wait()
+
+Model.hypotheses = wait
+sys.stdin = io.TextIOWrapper(io.BytesIO(b"abc"))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_a_process(number: signal.Signals):
+    for name in ("generate", "evaluate"):
+        with tiny.start("-c", WAITING, name, *RUN) as process:
+            assert process.stdout is not None and process.stdout.readline() == "generating\n"
+            process.send_signal(number)
+            out, errors = process.communicate(timeout=60)
+        assert (process.returncode, out) == (75, "")
+        assert errors == f"jaxformer: stopped by {number.name}; give the same command again.\n"
+
 
 PROGRAM = """
 import sys

@@ -1,14 +1,15 @@
 """Training runs from end to end: stopped, killed, damaged, refused, and what they leave behind."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,12 @@ import pytest
 import tiny
 
 import jaxformer
-from jaxformer import run, sharding
+from jaxformer import generate, run, sharding
 from jaxformer.config import MeshConfig, TrainConfig
 from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import ByteTokenizer
 from jaxformer.errors import CheckpointError, NumericsError, Stopped
-from jaxformer.model import Model
-from jaxformer.training import loop
+from jaxformer.training import loop, manifest, step
 from jaxformer.training.checkpoint import lock
 from jaxformer.training.evaluate import evaluate_loss
 from jaxformer.training.loop import fit
@@ -90,13 +90,13 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path):
 
 
 def in_compilation(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
-    make = loop.make_train_step
+    loss_sums = step.loss_sums
 
-    def asked(*arguments: Any) -> Any:
+    def traced(*arguments: Any) -> Any:
         stop()
-        return make(*arguments)
+        return loss_sums(*arguments)
 
-    patch.setattr(loop, "make_train_step", asked)
+    patch.setattr(step, "loss_sums", traced)
 
 
 def in_step(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
@@ -116,36 +116,51 @@ def in_evaluation(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
 
 
 def in_decoding(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
-    generate = Model.generate
+    decode = generate._decode
 
-    def asked(self: Model, texts: Any) -> list[str]:
+    def asked(*arguments: Any) -> Any:
+        decoded = decode(*arguments)  # begins to, and returns
         stop()
-        return generate(self, texts)
+        return decoded
 
-    patch.setattr(Model, "generate", asked)
+    patch.setattr(generate, "_decode", asked)
 
 
 def interrupt(
     config: TrainConfig, signal_name: str, when: Callable[[Any, Callable[[], None]], None]
 ) -> None:
-    """Start or resume a run, and send it a signal then."""
+    """Start or resume a run, and send it a signal then, once: a second would end the tests."""
+    left = [signal.Signals[signal_name]]
     with pytest.MonkeyPatch.context() as patch:
-        when(patch, lambda: signal.raise_signal(signal.Signals[signal_name]))
+        when(patch, lambda: signal.raise_signal(left.pop()) if left else None)
         with pytest.raises(Stopped, match=signal_name) as caught:
             fit(config)
     assert caught.value.exit_code == 75
 
 
+def written(checkpoint: Path) -> dict[str, int]:
+    """When each file of a checkpoint but its manifest was written."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return {str(p): p.stat().st_mtime_ns for p in files if p.name != manifest.NAME}
+
+
 def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path):
     config = tiny.masked(tmp_path)
     interrupt(config, "SIGTERM", in_compilation)
+    assert tiny.last_state(tmp_path).step == 1  # what was compiled has run once
     interrupt(config, "SIGINT", in_step)
     assert tiny.last_state(tmp_path).step == 2  # between two lines of metrics, and two saves
     interrupt(config, "SIGTERM", in_evaluation)
     assert tiny.last_state(tmp_path).step == 5
     assert tiny.metrics(tmp_path)[-1]["step"] == 3
+    checkpoint = tmp_path / "checkpoints" / "5"
+    before = written(checkpoint)
     interrupt(config, "SIGINT", in_step)
     assert tiny.last_state(tmp_path).step == 7
+    # The loss that 5 lacked came to its manifest; its arrays, the only ones there, stayed.
+    (line,) = (line for line in tiny.metrics(tmp_path) if "eval/loss" in line)
+    assert line["step"] == 5 and line["eval/loss"] == manifest.read(checkpoint)["loss"]
+    assert written(checkpoint) == before
     fit(config)
     tiny.assert_same_run(tmp_path, masked_run)
 
@@ -155,6 +170,8 @@ def test_stopped_in_decoding(tmp_path: Path):
     config = tiny.reverse(tmp_path)
     interrupt(config, "SIGTERM", in_decoding)
     assert tiny.last_state(tmp_path).step == 4
+    assert tiny.last_state(tmp_path).meta["evaluated"] == 0
+    assert tiny.metrics(tmp_path)[-1]["step"] == 3
     fit(config)
     tiny.assert_same_run(tmp_path, tiny.reversing_run())
 
@@ -192,8 +209,9 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
 
 def test_a_second_writer_is_refused(tmp_path: Path):
     with lock(tmp_path), pytest.raises(CheckpointError) as caught:
+        (tmp_path / "lock").write_text("elsewhere 123\n")  # as another host would have
         fit(tiny.masked(tmp_path))
-    assert f"process {os.getpid()} on host {socket.gethostname()}" in str(caught.value)
+    assert f"{tmp_path} is in use by process 123 on host elsewhere" in str(caught.value)
 
 
 def test_another_model_or_data_is_refused(masked_run: Path):
@@ -273,11 +291,54 @@ def test_a_loss_that_stays_infinite_ends_the_run(tmp_path: Path):
         assert np.isfinite(leaf).all()
 
 
+def test_a_failed_save_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not at the next save, which may be hours away."""
+    failed, seen = threading.Event(), []
+
+    def full(*_: Any) -> None:
+        failed.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def advance(self: Report, step: int, note: str) -> None:
+        seen.append(step)
+        if step > 20:
+            assert failed.wait(60)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr(Report, "advance", advance)
+    config = tiny.masked(tmp_path)
+    config = dataclasses.replace(config, steps=39, save_every=20, eval_every=99, log_every=99)
+    with pytest.raises(CheckpointError, match="saving step 20 .*failed: .*No space left") as caught:
+        fit(config)
+    assert caught.value.exit_code == 4 and seen[-1] < 25
+    assert not manifest.steps(tmp_path / "checkpoints")
+
+
 # Real processes, with one device each.
 
 
 def train(config: Path) -> "subprocess.Popen[str]":
     return tiny.start(str(tiny.ROOT / "train.py"), "--config", str(config))
+
+
+TELLING = """
+import sys
+from jaxformer import cli, generate
+from jaxformer.training import step
+
+def telling(module, name, said):
+    function = getattr(module, name)
+    def told(*arguments):
+        print(said, flush=True)
+        return function(*arguments)
+    setattr(module, name, told)
+
+telling(step, "loss_sums", "tracing")
+telling(generate, "_decode", "decoding")
+sys.exit(cli.main(["train", "--config", sys.argv[1]]))
+"""
+"""Train, saying when a step is being compiled and when texts are being decoded."""
 
 
 def long_run(tmp_path: Path) -> tuple[Path, Path]:
@@ -308,14 +369,23 @@ def wait_for(process: "subprocess.Popen[str]", said: str) -> None:
     pytest.fail(f"the run ended without {said!r}: {process.stderr.read()}")
 
 
-def wait_for_save(run_dir: Path) -> None:
-    """Wait until a checkpoint is being written: there, but not yet whole."""
+def unfinished(run_dir: Path) -> set[str]:
+    """The checkpoints that are there, but not whole."""
+    paths = (run_dir / "checkpoints").glob("*")
+    return {path.name for path in paths if not (path / manifest.NAME).exists()}
+
+
+def kill_in_a_save(process: "subprocess.Popen[str]", run_dir: Path, leftovers: set[str]) -> None:
+    """Wait until another checkpoint than `leftovers` is being written, and kill the run then."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for path in (run_dir / "checkpoints").glob("*"):
-            if not (path / "manifest.json").exists():
-                return
-    pytest.fail("no checkpoint was begun")
+        if unfinished(run_dir) - leftovers:
+            process.send_signal(signal.SIGSTOP)  # look again while nothing moves
+            time.sleep(0.01)
+            if unfinished(run_dir) - leftovers:
+                return process.kill()
+            process.send_signal(signal.SIGCONT)
+    pytest.fail("no save was met")
 
 
 @pytest.mark.slow
@@ -323,11 +393,12 @@ def test_kill_9_at_any_moment(tmp_path: Path, uninterrupted: Path):
     moments = random.Random(0)
     run_dir, config = long_run(tmp_path)
     for said in ("", "step 10  train", "step 15", "save", "step 30  train", "step"):
+        leftovers = unfinished(run_dir)
         with train(config) as process:
             if said == "save":
-                wait_for_save(run_dir)
-            else:
-                wait_for(process, said)
+                kill_in_a_save(process, run_dir, leftovers)
+                continue
+            wait_for(process, said)
             time.sleep(moments.uniform(0, 0.05))
             assert process.poll() is None, "nothing was killed"
             process.kill()
@@ -341,18 +412,18 @@ def test_kill_9_at_any_moment(tmp_path: Path, uninterrupted: Path):
 @pytest.mark.slow
 def test_signals_end_with_75_and_the_run_goes_on(tmp_path: Path, uninterrupted: Path):
     run_dir, config = long_run(tmp_path)
-    for said, number in [
-        ("encoder-decoder", signal.SIGTERM),  # the train step compiles
-        ("step 5  train", signal.SIGINT),
-        ("step 20  train", signal.SIGTERM),  # evaluation begins
+    for said, number, steps in [
+        ("tracing", signal.SIGTERM, {1}),
+        ("step 5  train", signal.SIGINT, set(range(5, 10))),
+        ("decoding", signal.SIGTERM, {10}),
     ]:
-        with train(config) as process:
+        with tiny.start("-c", TELLING, str(config)) as process:
             wait_for(process, said)
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 75, errors
         assert errors.startswith(f"jaxformer: stopped by {number.name}")
-    assert tiny.last_state(run_dir).step >= 20
+        assert tiny.last_state(run_dir).step in steps
     with train(config) as process:
         assert process.wait(120) == 0
     tiny.assert_same_run(run_dir, uninterrupted)
@@ -361,8 +432,8 @@ def test_signals_end_with_75_and_the_run_goes_on(tmp_path: Path, uninterrupted: 
 @pytest.mark.slow
 def test_the_second_signal_ends_at_once(tmp_path: Path):
     _, config = long_run(tmp_path)
-    with train(config) as process:
-        wait_for(process, "encoder-decoder")
+    with tiny.start("-c", TELLING, str(config)) as process:
+        wait_for(process, "tracing")
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 """Eight devices compute what one does, and each really holds only its part."""
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -262,12 +263,19 @@ def test_all_that_does_not_fit_is_named_at_once():
         "model.vocab_size",
         "model.d_model",
     ]
-    assert "multiple of mesh.tensor 2 (mesh.tensor could be 1, 3; or n_kv_heads 4)" in lines[0]
+    # Four would not divide the six heads.
+    assert "multiple of mesh.tensor 2 (mesh.tensor could be 1, 3; or n_kv_heads 6)" in lines[0]
     assert "could be 1, 3, 5, 15; or vocab_size 16)" in lines[1]
     assert (
         "multiple of mesh.fsdp 4 (mesh.fsdp could be 1, 2, 3, 6, 9, 18; or d_model 20)" in lines[2]
     )
     assert caught.value.exit_code == 2
+    # Heads share the width evenly, and rotary ones are of an even size.
+    config = toy(d_model=18, n_heads=3, d_ff=8, vocab_size=16)
+    with pytest.raises(ConfigError) as caught:
+        sharding.check_fits(config, mesh)
+    heads, width = str(caught.value).splitlines()[1:]
+    assert heads.endswith("(mesh.tensor could be 1, 3)") and width.endswith("; or d_model 24)")
 
 
 multiples = st.sampled_from([2, 3, 4, 6])
@@ -300,8 +308,13 @@ def test_what_passes_the_check_can_be_laid_out(shape, kv_heads, groups, sizes):
     if fits():
         sharding.check_fits(config, mesh)
     else:
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError) as caught:
             sharding.check_fits(config, mesh)
+        for axis, name, size in re.findall(
+            r"of mesh\.(\w+) .*; or (\w+) (\d+)\)", str(caught.value)
+        ):
+            assert int(size) % mesh.shape[axis] == 0
+            dataclasses.replace(config, **{name: int(size)})  # which is allowed
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from jaxformer import run
 from jaxformer.errors import CheckpointError
 from jaxformer.training import manifest
 
@@ -42,19 +43,29 @@ class Checkpoints:
     """The checkpoints of one run, for its one writer; leaving the `with` block waits for the last.
 
     Kept are the `keep_latest` newest and the `keep_best` of lowest loss. Making one deletes what
-    killed saves left behind, so hold `lock(run_dir)` first.
+    killed saves left behind, so hold `lock(run_dir)` first. `report` is told of whatever else is
+    not as it was saved.
     """
 
-    def __init__(self, run_dir: Path, *, keep_latest: int, keep_best: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_latest: int,
+        keep_best: int,
+        report: Callable[[str], None] = warn,
+    ) -> None:
         self._dir = _directory(run_dir)
         self._keep_latest = keep_latest
         self._keep_best = keep_best
+        self._report = report
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        try:
+        with run.writing(run_dir):
             self._dir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise CheckpointError(f"cannot write to {run_dir}: {e.strerror}.") from e
+        for step in set(manifest.begun(self._dir)) - set(self.steps()):
+            path = self._dir / str(step)
+            report(f"{path} has no {manifest.NAME}: lost, or its save was killed. Deleting it.")
         self._clean()
         _barrier("clean")
 
@@ -96,6 +107,26 @@ class Checkpoints:
             raise self._failure(step, e) from e
         self._saving = step, self._pool.submit(self._finish, path, response, record)
 
+    def amend(self, step: int, meta: dict[str, Any], *, loss: float) -> None:
+        """Give the complete checkpoint of `step` another `meta` and `loss`.
+
+        Its arrays are not touched. Raises `CheckpointError` if it is damaged or cannot be written.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            with run.writing(self._dir):
+                manifest.amend(self._dir / str(step), {"loss": float(loss), "meta": meta})
+            self._prune(self.steps()[-1])
+        _barrier("amended")
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if the save in flight has failed already; waits for nothing.
+
+        Several processes, which must fail together, learn of it from `wait`.
+        """
+        if self._saving and self._saving[1].done() and jax.process_count() == 1:
+            self.wait()
+
     def wait(self) -> None:
         """Wait until the save in flight is complete; raises `CheckpointError` if it failed."""
         if self._saving is None:
@@ -117,18 +148,17 @@ class Checkpoints:
         step: int | None = None,
         *,
         cast: bool = False,
-        report: Callable[[str], None] = warn,
     ) -> Restored | None:
         """The state of `step`, or of the newest sound checkpoint; None if there are none at all.
 
         `abstract_state`: `jax.ShapeDtypeStruct` leaves; their shardings need not be those of the
-        saved arrays. Damaged checkpoints are passed over, with a word to `report`, unless asked
-        for by name. `cast` lets floating-point dtypes differ. Raises `CheckpointError`.
+        saved arrays. Damaged checkpoints are passed over, and reported, unless asked for by
+        name. `cast` lets floating-point dtypes differ. Raises `CheckpointError`.
         """
         self.wait()
         if step is None and not self.steps():
             return None
-        path, record = manifest.choose(self._dir, step, report)
+        path, record = manifest.choose(self._dir, step, self._report)
         manifest.require_fit(path, manifest.structure(abstract_state), record["structure"], cast)
         return Restored(_load(path, _placed(abstract_state)), record["meta"], record["step"])
 
@@ -137,8 +167,12 @@ class Checkpoints:
         response.result()
         if jax.process_index() == 0:
             manifest.write(path, record)
-            for step in set(self.steps()) - self._kept(record["step"]):
-                manifest.delete(self._dir / str(step))
+            self._prune(record["step"])
+
+    def _prune(self, newest: int) -> None:
+        """Delete what need not be kept now that `newest` is complete."""
+        for step in set(self.steps()) - self._kept(newest):
+            manifest.delete(self._dir / str(step))
 
     def _kept(self, newest: int) -> set[int]:
         """The steps to keep now that `newest` is complete."""
@@ -182,7 +216,8 @@ def restore_params(
 ) -> PyTree:
     """The parameters alone of `step`, or of the newest sound checkpoint; changes nothing on disk.
 
-    Arguments and errors are those of `Checkpoints.restore`, and no checkpoint is an error too.
+    Arguments and errors are those of `Checkpoints.restore`, and no checkpoint is an error too;
+    damaged ones that it passes over are told to `report`.
     """
     path, record = manifest.choose(_directory(run_dir), step, report)
     wanted = manifest.structure({"params": abstract_params})
@@ -199,11 +234,9 @@ def lock(run_dir: Path) -> Iterator[None]:
     The operating system lets go of the lock when its process ends, however it ends.
     """
     path = Path(run_dir) / "lock"
-    try:
+    with run.writing(run_dir):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-    except OSError as e:
-        raise CheckpointError(f"cannot write to {run_dir}: {e.strerror}.") from e
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

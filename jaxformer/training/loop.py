@@ -84,9 +84,11 @@ def fit(config: TrainConfig) -> None:
         tx = optim.make_optimizer(config.model, config.optim, config.steps)
         abstract = abstract_state(config.model, tx, mesh)
         checkpoints = stack.enter_context(
-            Checkpoints(run_dir, keep_latest=config.keep_latest, keep_best=config.keep_best)
+            Checkpoints(
+                run_dir, keep_latest=config.keep_latest, keep_best=config.keep_best, report=print
+            )
         )
-        restored = checkpoints.restore(abstract, report=print)
+        restored = checkpoints.restore(abstract)
         if restored is None:
             state, meta, step = init_state(config.model, tx, mesh, config.seed), {}, 0
             if config.init_from:
@@ -130,16 +132,18 @@ def fit(config: TrainConfig) -> None:
             report.plot()
             return scores["eval/loss"]
 
-        window = Window.from_json(meta.get("window", []))
+        window = Window.from_json(meta["window"]) if meta else Window()
 
-        def save() -> None:
-            meta = {
+        def meta_now() -> dict[str, Any]:
+            return {
                 "data": batches.get_state(),
                 "data_hash": data.hash,
                 "window": window.to_json(),
                 "evaluated": evaluated,
             }
-            checkpoints.save(step, state, meta, loss=loss if evaluated == step else None)
+
+        def save() -> None:
+            checkpoints.save(step, state, meta_now(), loss=loss if evaluated == step else None)
 
         try:
             while True:
@@ -148,13 +152,14 @@ def fit(config: TrainConfig) -> None:
                     loss = evaluate(state, step)
                     evaluated = step
                     if saved == step:  # before it was evaluated: it has no loss yet
-                        saved = -1
+                        checkpoints.amend(step, meta_now(), loss=loss)
                 if saved != step and (last or step % config.save_every == 0):
                     save()
                     saved = step
                 if step >= config.steps:
                     break
                 stop.check()
+                checkpoints.check()
                 begin = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - begin

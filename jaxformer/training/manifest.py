@@ -1,12 +1,11 @@
 """What makes a directory a sound checkpoint: the `manifest.json` in it.
 
 It holds step, loss and meta, the structure of the state, and size and SHA-256 digest of every other
-file. It is written last: a directory without one is no checkpoint.
+file. It is written last: a directory without one is no checkpoint, but what a killed save left.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,46 +15,50 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jaxformer import run
 from jaxformer.errors import CheckpointError
 
 NAME = "manifest.json"
 
 
-def steps(directory: Path) -> list[int]:
-    """The steps under `directory` that have a manifest, rising."""
-    names = (path.parent.name for path in directory.glob(f"*/{NAME}"))
+def begun(directory: Path) -> list[int]:
+    """The steps under `directory`, rising, complete or not."""
+    names = (path.name for path in directory.glob("*/"))
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
-def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Add the files' digests and write the manifest, which makes `path` a checkpoint.
+def steps(directory: Path) -> list[int]:
+    """The steps under `directory` that have a manifest, rising."""
+    return [step for step in begun(directory) if (directory / str(step) / NAME).exists()]
 
-    Temporary name, fsync, rename: after a crash the manifest is there and whole, or not there.
-    """
-    manifest = manifest | {"files": _digests(path)}
+
+def write(path: Path, manifest: dict[str, Any]) -> None:
+    """Add the files' digests and write the manifest, which makes `path` a checkpoint."""
+    _write(path, manifest | {"files": _digests(path)})
+
+
+def amend(path: Path, changes: dict[str, Any]) -> None:
+    """Put `changes` in the manifest of a checkpoint; after a crash it is the old or the new one."""
+    _write(path, read(path) | changes)
+
+
+def _write(path: Path, manifest: dict[str, Any]) -> None:
     signed = {"sha256": _sha256(manifest), "manifest": manifest}
-    temporary = path / f"{NAME}.tmp"
-    with temporary.open("w") as f:
-        json.dump(signed, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(path / NAME)
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    run.write_atomically(path / NAME, json.dumps(signed, indent=1))
 
 
 def read(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; `CheckpointError` if it is not what was written."""
+    fault = "has changed"
     try:
         signed = json.loads((path / NAME).read_text())
         if signed["sha256"] == _sha256(signed["manifest"]):
             return signed["manifest"]
+    except FileNotFoundError:
+        fault = "is missing (lost, or yet to be written)"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise CheckpointError(f"the checkpoint {path} is damaged: {NAME} has changed.")
+    raise CheckpointError(f"the checkpoint {path} is damaged: {NAME} {fault}.")
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def choose(
     directory: Path, step: int | None, report: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]]:
     """The checkpoint of `step`, or the newest sound one, telling `report` what it passes over."""
-    there = steps(directory)
+    there = begun(directory)
     if step is not None:
         if step not in there:
             raise CheckpointError(

@@ -39,9 +39,10 @@ class Report:
             and (evaluated or "eval/loss" not in line)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        run.write_atomically(self._path, text)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        with run.writing(run_dir):
+            run.write_atomically(self._path, text)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._console = Console(highlight=False, emoji=False)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
@@ -62,8 +63,9 @@ class Report:
         if not self._lead:
             return
         self._bar.stop()
-        self._board.close()
-        self._file.close()
+        with run.writing(self._path.parent):
+            self._file.close()
+            self._board.close()
 
     def advance(self, step: int, note: str) -> None:
         """Move the progress bar."""
@@ -74,8 +76,9 @@ class Report:
         """Write one line of metrics everywhere."""
         if not self._lead:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with run.writing(self._path.parent):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             if not isinstance(value, str):
                 self._board.add_scalar(name, value, step)
@@ -96,7 +99,8 @@ class Report:
     def plot(self) -> None:
         """Draw the losses so far as loss.png."""
         if self._lead:
-            draw_losses(read_metrics(self._path), self._path.with_name("loss.png"))
+            with run.writing(self._path.parent):
+                draw_losses(read_metrics(self._path), self._path.with_name("loss.png"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

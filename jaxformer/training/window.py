@@ -43,7 +43,7 @@ class Window:
         Loss is the mean over tokens. Raises `NumericsError` after `max_bad_steps` skipped in a row.
         """
         begin = time.perf_counter()
-        steps = self.to_json()
+        steps = self._fetched()
         seconds = self._seconds + time.perf_counter() - begin
         for *_, skipped in steps:
             self._bad = self._bad + 1 if skipped else 0
@@ -66,16 +66,20 @@ class Window:
         self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
         return scores
 
-    def to_json(self) -> list[list[float]]:
-        """The steps, to be kept in a checkpoint."""
-        return [[float(x) for x in step] for step in sharding.fetch(self._steps)]
+    def to_json(self) -> dict[str, Any]:
+        """The steps, and how many were bad in a row before them, to be kept in a checkpoint."""
+        return {"bad": self._bad, "steps": self._fetched()}
 
     @classmethod
-    def from_json(cls, steps: list[list[float]]) -> "Window":
+    def from_json(cls, kept: dict[str, Any]) -> "Window":
         """The window that `to_json` kept."""
         window = cls()
-        window._steps.extend(steps)
+        window._bad = kept["bad"]
+        window._steps.extend(kept["steps"])
         return window
+
+    def _fetched(self) -> list[list[float]]:
+        return [[float(x) for x in step] for step in sharding.fetch(self._steps)]
 
 
 def _real_tokens(batch: Batch) -> int:

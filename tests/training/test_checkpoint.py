@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def run(tmp_path: Path):
     return tmp_path
 
 
-def opened(run_dir: Path) -> Checkpoints:
-    return Checkpoints(run_dir, keep_latest=9, keep_best=0)
+def opened(run_dir: Path, report: Callable[[str], None] = pytest.fail) -> Checkpoints:
+    return Checkpoints(run_dir, keep_latest=9, keep_best=0, report=report)
 
 
 def test_restores_what_was_saved(run: Path):
@@ -167,10 +168,10 @@ def test_damage_is_found_and_passed_over(run: Path, damage: str):
     assert set(FILES) <= set(files)
     for name in files:
         content = (top / name).read_bytes()
-        if (damage in ("flip", "truncate") and not content) or (
-            damage == "remove" and name == "manifest.json"  # without it, 3 is no checkpoint
-        ):
+        if damage in ("flip", "truncate") and not content:
             continue
+        if damage == "remove" and name == "manifest.json":
+            continue  # without it, 3 is no checkpoint: see below
         if damage == "flip":
             bit = random.Random(name).randrange(8 * len(content))
             flipped = bytearray(content)
@@ -185,7 +186,7 @@ def test_damage_is_found_and_passed_over(run: Path, damage: str):
             (top / name).touch()
 
         reports: list[str] = []
-        restored = opened(run).restore(abstract(make_state(0)), report=reports.append)
+        restored = opened(run, reports.append).restore(abstract(make_state(0)))
         assert restored is not None and restored.step == 2
         assert_same(restored.state, make_state(2))
         assert len(reports) == 1 and name in reports[0] and str(top) in reports[0]
@@ -206,7 +207,22 @@ def test_all_damaged_is_an_error_not_a_fresh_start(run: Path):
     for step in "123":
         (run / "checkpoints" / step / "state" / "_METADATA").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"\[1, 2, 3\] are damaged"):
-        opened(run).restore(abstract(make_state(0)), report=lambda _: None)
+        opened(run, lambda _: None).restore(abstract(make_state(0)))
+
+
+def test_a_lost_manifest_is_told(run: Path):
+    top = run / "checkpoints" / "3"
+    (top / "manifest.json").unlink()
+    params, reports = abstract(make_state(0).params), []
+    with pytest.raises(CheckpointError, match=f"{top} is damaged: manifest.json is missing"):
+        restore_params(run, params, step=3)
+    assert_same(restore_params(run, params, report=reports.append), make_state(2).params)
+    restored = opened(run, reports.append).restore(abstract(make_state(0)))
+    assert restored is not None and restored.step == 2
+    assert len(reports) == 2
+    assert all(str(top) in said and "manifest.json" in said for said in reports)
+    assert "Passing over it" in reports[0] and "Deleting it" in reports[1]
+    assert names(run) == ["1", "2"]
 
 
 def test_leftovers_are_skipped_and_the_writer_deletes_them(run: Path):
@@ -219,8 +235,10 @@ def test_leftovers_are_skipped_and_the_writer_deletes_them(run: Path):
     before = names(run)
     assert_same(restore_params(run, abstract(make_state(0).params)), make_state(3).params)
     assert names(run) == before
-    assert opened(run).steps() == [1, 2, 3]
+    reports: list[str] = []
+    assert opened(run, reports.append).steps() == [1, 2, 3]
     assert names(run) == ["1", "2", "3", "notes"]
+    assert len(reports) == 2  # of 8 and 9; 7 is by its name what a killed save left
 
 
 def test_parameters_alone(run: Path):
@@ -291,10 +309,37 @@ def test_full_disk_is_reported_and_survived(run: Path):
     assert_same(restored.state, big)
 
 
-def test_no_room_for_the_manifest_is_a_failed_save(run: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def test_a_loss_that_comes_later_leaves_the_arrays_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    top = run / "checkpoints" / "3"
+    files = [path for path in top.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    before = [path.stat().st_mtime_ns for path in files]
+    for moment in ("fsync", "replace"):  # no room, or a kill, before the new one has its name
+        with monkeypatch.context() as patch, opened(run) as checkpoints:
+            patch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[moment], full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                checkpoints.amend(3, {"epoch": 9}, loss=1.5)
+        restored = opened(run).restore(abstract(make_state(0)))
+        assert restored is not None and restored.step == 3 and restored.meta == {"epoch": 3}
+    with opened(run) as checkpoints:
+        checkpoints.amend(3, {"epoch": 9}, loss=1.5)
+        restored = checkpoints.restore(abstract(make_state(0)))
+    assert restored is not None and restored.step == 3 and restored.meta == {"epoch": 9}
+    assert_same(restored.state, make_state(3))
+    assert [path.stat().st_mtime_ns for path in files] == before
+    with Checkpoints(run, keep_latest=1, keep_best=1) as checkpoints:
+        checkpoints.amend(2, {}, loss=0.5)  # the best, now that it has a loss
+        assert names(run) == ["2", "3"]
+        checkpoints.save(4, make_state(4), {}, loss=None)
+    assert names(run) == ["2", "4"]
+
+
+def test_no_room_for_the_manifest_is_a_failed_save(run: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch, opened(run) as checkpoints:
         patch.setattr(manifest, "write", full)
         checkpoints.save(4, make_state(4), {}, loss=None)
@@ -307,9 +352,6 @@ def test_no_room_for_the_manifest_is_a_failed_save(run: Path, monkeypatch: pytes
 def test_a_failed_save_does_not_hide_what_ended_the_run(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(manifest, "write", full)
     with pytest.raises(ZeroDivisionError), opened(run) as checkpoints:
         checkpoints.save(4, make_state(4), {}, loss=None)
@@ -322,6 +364,9 @@ def test_second_writer_is_refused_by_name(tmp_path: Path):
         with pytest.raises(CheckpointError) as caught, lock(tmp_path):
             pass
         assert f"process {os.getpid()} on host {socket.gethostname()}" in str(caught.value)
+        (tmp_path / "lock").write_text("elsewhere 123\n")  # as another host would have
+        with pytest.raises(CheckpointError, match="process 123 on host elsewhere"):
+            lock(tmp_path).__enter__()
     with lock(tmp_path):
         assert (tmp_path / "lock").read_text().split() == [socket.gethostname(), str(os.getpid())]
 
@@ -400,8 +445,10 @@ def test_kill_9_at_any_moment(tmp_path: Path):
                 child.wait(moments.uniform(0, 0.3))
             child.send_signal(signal.SIGKILL)
             complete = int((child.stdout.read().split() or ["0"])[-1])
-        with lock(tmp_path), opened(tmp_path) as checkpoints:
-            restored = checkpoints.restore(wanted, report=pytest.fail)
+        reports: list[str] = []
+        with lock(tmp_path), opened(tmp_path, reports.append) as checkpoints:
+            restored = checkpoints.restore(wanted)
+            assert all("has no manifest.json" in said for said in reports)
             assert restored is not None
             assert complete <= restored.step == restored.meta["step"] <= complete + 2
             assert np.all(restored.state["x"] == restored.step)

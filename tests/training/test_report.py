@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from jaxformer.errors import CheckpointError
 from jaxformer.training.report import Report, printable, read_metrics
 
 
@@ -27,6 +28,19 @@ def test_lines_come_as_they_are_logged(tmp_path, capsys):
     content = board.read_bytes()
     assert b"train/loss" in content and b"eval/loss" in content
     assert b"signature" not in content
+
+
+@pytest.mark.parametrize("where", ["metrics.jsonl", "loss.png"])
+def test_a_full_disk_is_a_message(tmp_path, where):
+    with pytest.raises(CheckpointError, match=f"cannot write to {tmp_path}: No space left"):
+        with Report(tmp_path, 0, 10) as report:
+            if where == "loss.png":
+                (tmp_path / where).symlink_to("/dev/full")
+                report.plot()
+            else:
+                report._file.close()
+                report._file = open("/dev/full", "w")
+                report.log(1, {"train/loss": 2.5})
 
 
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):

@@ -1,5 +1,6 @@
 """What a line of training metrics says of the steps since the last one."""
 
+import json
 import time
 
 import jax.numpy as jnp
@@ -70,9 +71,17 @@ def test_speed_is_of_tokens_without_padding(monkeypatch):
 
 def test_is_kept_in_a_checkpoint():
     window = fill(Window(), step(1, 10), BAD, step(4, 30))
-    kept = window.to_json()
-    assert kept[0] == [1, 10, 1, 0] and kept[1][3] == 1
+    kept = json.loads(json.dumps(window.to_json()))
+    assert kept["steps"][0] == [1, 10, 1, 0] and kept["steps"][1][3] == 1
     again = Window.from_json(kept)
     a, b = window.close(5), again.close(5)
     for name in ("train/loss", "train/grad_norm", "train/skipped"):
         assert a[name] == b[name]
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_stop():
+    window = fill(Window(), BAD, BAD)
+    window.close(3)  # the run is stopped between two lines of metrics
+    again = Window.from_json(window.to_json())
+    with pytest.raises(NumericsError, match="3 updates in a row"):
+        fill(again, BAD).close(3)
