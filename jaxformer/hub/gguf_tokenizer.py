@@ -1,5 +1,6 @@
 """The tokenizer in a GGUF file, as the files Hugging Face has for it."""
 
+import itertools
 import json
 from enum import IntEnum
 from pathlib import Path
@@ -11,6 +12,8 @@ from jaxformer.hub.gguf_file import Header, read_header
 
 MAX_PIECE = 256
 """Characters of a SentencePiece piece that is put together from two; its trainer stops at 16."""
+MERGES_PER_PIECE = 16
+"""On average; those of Llama 2 and Gemma have two."""
 SPACE = "\u2581"
 
 
@@ -172,21 +175,25 @@ def _sentencepiece(
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(tokens, _merges(pieces))
+        "model": _bpe(tokens, _merges(header, pieces))
         | {"unk_token": unk, "fuse_unk": True, "byte_fallback": True},
     }
 
 
-def _merges(pieces: dict[str, float]) -> list[list[str]]:
+def _merges(header: Header, pieces: dict[str, float]) -> list[list[str]]:
     """The pairs of pieces that make a third, those of the best scores first."""
-    pairs = [
+    pairs = (
         (-score, -i, [piece[:i], piece[i:]])
         for piece, score in pieces.items()
         if len(piece) <= MAX_PIECE
         for i in range(1, len(piece))
         if piece[:i] in pieces and piece[i:] in pieces
-    ]
-    return [pair for *_, pair in sorted(pairs)]
+    )
+    limit = MERGES_PER_PIECE * len(pieces)
+    found = list(itertools.islice(pairs, limit + 1))
+    if len(found) > limit:
+        raise header.error(f"its {len(pieces)} pieces can be made in over {limit} ways")
+    return [pair for *_, pair in sorted(found)]
 
 
 def _bpe(tokens: list[str], merges: list[list[str]], ignore_merges: bool = False) -> dict[str, Any]:

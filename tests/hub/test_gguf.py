@@ -734,3 +734,16 @@ def test_pieces_are_sentencepieces(pieces: Any, text: str):
     theirs, ours = pieces
     assert ours.encode(text).ids == theirs.encode(text)
     assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+
+
+def test_pieces_that_can_be_made_in_too_many_ways_are_refused(tmp_path: Path):
+    """A small file could otherwise ask for merges a thousand times its size."""
+    many = ["a" * i + "b" * j for i in range(60) for j in range(60) if i + j]
+    fields = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": many,
+        "tokenizer.ggml.scores": [0.0] * len(many),
+    }
+    with pytest.raises(CheckpointError, match="57584 ways"):
+        gguf_tokenizer_files(write(tmp_path / "a.gguf", fields, {}))
