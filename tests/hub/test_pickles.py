@@ -415,6 +415,11 @@ def test_archives_that_are_not_plain_are_refused(tmp_path, monkeypatch):
     entry = whole.index(b"PK\1\2")
     path.write_bytes(whole[: entry + 8] + b"\1" + whole[entry + 9 :])
     refused("compressed, encrypted")
+    written(("a/data.pkl", program({"w": View("0", F32, 1000, 0, (4,), (1,))})), data)
+    ends = path.read_bytes()
+    entry = ends.rindex(b"PK\1\2")  # whose sizes are not those of the file
+    path.write_bytes(ends[: entry + 20] + struct.pack("<LL", 4000, 4000) + ends[entry + 28 :])
+    refused("misplaced")
     monkeypatch.setattr(pickles, "MAX_READ", len(good) - 1)
     path.write_bytes(whole)
     refused("over")

@@ -194,7 +194,6 @@ def test_memory_holds_one_tensor(tmp_path):
 # Refusals: fault 33, one by one
 
 
-F32 = 4
 WRONG_FILES = {
     "empty": lambda f: (f / WEIGHTS).write_bytes(b""),
     "seven bytes": lambda f: (f / WEIGHTS).write_bytes(b"\1" * 7),
@@ -226,10 +225,12 @@ WRONG_FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", WRONG_FILES.values(), ids=WRONG_FILES)
-def test_wrong_files_are_refused(tmp_path, make):
-    make(tmp_path)
-    with pytest.raises(CheckpointError, match="is damaged"):
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_files_are_refused(tmp_path, name):
+    WRONG_FILES[name](tmp_path)
+    # A header's length is looked at before anything reads the header.
+    why = "cannot have a header of" if name.startswith("header") else ""
+    with pytest.raises(CheckpointError, match=f"is damaged.*{why}"):
         open_safetensors(tmp_path)
 
 
