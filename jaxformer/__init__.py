@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from jaxformer.config import ModelConfig as ModelConfig
     from jaxformer.config import OptimConfig as OptimConfig
     from jaxformer.config import TrainConfig as TrainConfig
+    from jaxformer.converting import export as export
+    from jaxformer.converting import save as save
     from jaxformer.loading import load as load
+    from jaxformer.loading import load_weights as load_weights
     from jaxformer.model import Model as Model
     from jaxformer.nn.transformer import Transformer as Transformer
     from jaxformer.presets import PRESETS as PRESETS
@@ -31,8 +34,11 @@ _HOME = {
     "ModelConfig": "config",
     "OptimConfig": "config",
     "TrainConfig": "config",
-    "Model": "model",
+    "export": "converting",
+    "save": "converting",
     "load": "loading",
+    "load_weights": "loading",
+    "Model": "model",
     "Transformer": "nn.transformer",
     "PRESETS": "presets",
     "fit": "training.loop",

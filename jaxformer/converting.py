@@ -62,8 +62,8 @@ def export(model: Model, path: Path, *, family: str = "") -> str:
     `CheckpointError` if the family has no such model, naming what it lacks.
     """
     chosen, theirs = _their_config(model, family)
+    params: dict[str, Any] = flatten_dict(model.params, sep="/")
     fetch = lru_cache(maxsize=4)(lambda path: sharding.fetch(params[path]))  # once for all layers
-    params = flatten_dict(model.params, sep="/")
     leaves = {
         path: Stored(leaf.shape, np.dtype(leaf.dtype), partial(fetch, path))
         for path, leaf in params.items()

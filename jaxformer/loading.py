@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxformer import run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
-from jaxformer.data.pretrained_tokenizer import read_tokenizer
+from jaxformer.data.pretrained_tokenizer import from_files, read_tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.model import Model, Origin
@@ -74,7 +74,8 @@ def _load_run(path: Path, step: int | None, dtype: DType | None, mesh: Mesh | No
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     origin = run.read_origin(path)
-    return Model(model, params, tokenizer, config.data, config.decode, origin and Origin(**origin))
+    came_from = Origin(**origin) if origin else None
+    return Model(model, params, tokenizer, config.data, config.decode, came_from)
 
 
 def load_weights(
@@ -96,7 +97,10 @@ def _load_folder(
 ) -> Model:
     found = _open(path)
     config, params = _read_weights(found, str(path), dtype, mesh, max_length)
-    tokenizer = read_tokenizer(path, found.theirs, found.generation)
+    if found.tokenizer_files:
+        tokenizer = from_files(found.tokenizer_files, found.theirs, found.generation)
+    else:
+        tokenizer = read_tokenizer(path, found.theirs, found.generation)
     data = DataConfig(task=TASKS[config.kind], buckets=(min(128, config.max_length),))
     prefixed = engine.is_prefixed(found.family, found.tensors)
     origin = Origin(found.theirs, found.generation, prefixed)
@@ -104,13 +108,13 @@ def _load_folder(
 
 
 def _open(path: Path) -> folder.Folder:
-    if not folder.is_folder(path):
+    if not folder.is_checkpoint(path):
         raise CheckpointError(
-            f"{path} is neither a run directory (it has no {run.VERSIONS}) nor a Hugging Face one "
-            f"(it has no {folder.CONFIG}); give the run_dir of a training run, or a downloaded "
-            "folder."
+            f"{path} is no run directory (it has no {run.VERSIONS}), no Hugging Face directory (it "
+            f"has no {folder.CONFIG}) and no {folder.GGUF} file; give the run_dir of a training "
+            "run, or what was downloaded."
         )
-    return folder.open_folder(path)
+    return folder.open_checkpoint(path)
 
 
 def _read_weights(
@@ -137,16 +141,17 @@ def read_params(leaves: Mapping[str, engine.Leaf], abstract: dict[str, Any]) -> 
     """Each leaf where and as `abstract` says, every device reading its own share of the file."""
 
     def make(path: str, leaf: Any) -> jax.Array:
-        read = partial(leaves[path].read, dtype=leaf.dtype)
+        read: Any = partial(leaves[path].read, dtype=leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
-    flat = flatten_dict(abstract, sep="/")
+    flat: dict[str, Any] = flatten_dict(abstract, sep="/")
     return unflatten_dict({path: make(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its path, as `decoder/final_norm/scale`."""
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _own_dtype(leaves: Mapping[str, engine.Leaf]) -> Any:

@@ -17,9 +17,11 @@ PACKAGE = Path(jaxformer.__file__).parent
 # Each part of the package may import itself, every part on the floors below, and these neighbours.
 FLOORS = (
     {"cli"},
+    {"converting"},
     {"training", "loading"},
-    {"generate"},
-    {"nn", "decoding", "data", "hub", "sharding", "run"},
+    {"model"},
+    {"generate", "arrays"},
+    {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
     {"types", "errors"},
 )

@@ -1,4 +1,4 @@
-"""Marian's tokenizers: a SentencePiece model for each side, and a vocabulary that gives pieces ids."""
+"""Marian's tokenizers: a SentencePiece model for each side, and a vocabulary of their pieces."""
 
 import re
 from collections.abc import Sequence

@@ -14,9 +14,11 @@ from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub.engine import settle_head
 from jaxformer.hub.families import FAMILIES
 from jaxformer.hub.family import Family, read_config
+from jaxformer.hub.gguf_model import open_gguf
+from jaxformer.hub.gguf_tokenizer import gguf_tokenizer_files
 from jaxformer.hub.tensors import Stored, open_safetensors
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, GGUF = "config.json", "generation_config.json", ".gguf"
 MAX_JSON = 16 * 2**20
 NEW_TOKENS = 128
 """Most tokens generated where a folder sets no limit of its own."""
@@ -33,18 +35,26 @@ class Folder(NamedTuple):
     generation: dict[str, Any]
     """Their generation_config.json."""
     tensors: dict[str, Stored]
+    tokenizer_files: dict[str, bytes]
+    """Files of the tokenizer, where they are no files of the folder's own (GGUF)."""
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint of another library."""
-    return (path / CONFIG).is_file()
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path looks like a checkpoint of another library."""
+    return path.suffix == GGUF or (path / CONFIG).is_file()
 
 
-def open_folder(path: Path) -> Folder:
-    """Read all of a folder but its tensors and tokenizer.
+def open_checkpoint(path: Path) -> Folder:
+    """Read all of a Hugging Face folder or GGUF file but its tensors (and a folder's tokenizer).
 
     Raises `CheckpointError` if anything is missing, malformed, or of a kind not known here.
     """
+    if path.suffix == GGUF:
+        theirs, tensors = open_gguf(path)
+        family = find_family(theirs, str(path))
+        config = settle_head(family, read_config(family, theirs, str(path)), tensors)
+        decode = decode_config(config, {}, {}, str(path))
+        return Folder(family, config, decode, theirs, {}, tensors, gguf_tokenizer_files(path))
     theirs = read_json(path / CONFIG)
     generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
     family = find_family(theirs, str(path / CONFIG))
@@ -53,7 +63,7 @@ def open_folder(path: Path) -> Folder:
     decode = decode_config(config, theirs, generation, str(path / GENERATION))
     tensors = open_safetensors(path)
     config = settle_head(family, config, tensors)
-    return Folder(family, config, decode, theirs, generation, tensors)
+    return Folder(family, config, decode, theirs, generation, tensors, {})
 
 
 def find_family(theirs: Mapping[str, Any], where: str) -> Family:
