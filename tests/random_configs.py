@@ -44,6 +44,7 @@ def model_configs(draw, kinds=KINDS, positions=POSITIONS, max_layers=2) -> Model
     kv_heads, group, head_dim = draw(
         st.sampled_from([(2, 1, 4), (1, 2, 6), (2, 2, 2), (1, 1, 4), (3, 1, 4)])
     )
+    position = pick(*positions)
     tied, gated = pick(True, False), pick(False, True)
     targets = ["query", "key", "value", "out", "up", "down"]
     targets += ["gate"] * gated + ["head"] * (not tied)
@@ -59,11 +60,19 @@ def model_configs(draw, kinds=KINDS, positions=POSITIONS, max_layers=2) -> Model
         max_length=MAX_LENGTH,
         norm=pick("layer", "rms"),
         norm_bias=pick(True, False),
-        norm_position=pick("pre", "post"),
+        norm_unit_offset=pick(False, True),
+        norm_position=pick("pre", "post", "both"),
         final_norm=pick(True, False),
         embed_norm=pick(False, True),
-        position=pick(*positions),
+        position=position,
+        position_offset=pick(0, 2),
+        sinusoid=pick("interleaved", "halves"),
         rope_theta=pick((10000.0,), (100.0, 10.0)),
+        rope_factor=pick((1.0,), (1.0, 4.0)),
+        rope_scaling=pick("linear", "llama3"),
+        rope_original_length=pick(16, 64),
+        rope_magnitude=pick(1.0, 1.2),
+        rotary_dim=pick(0, 2),
         relative_buckets=pick(4, 7, 8),
         relative_max_distance=pick(6, 20),
         window=pick((0,), (3,), (2, 0), (0, 4, 3)),
@@ -75,6 +84,8 @@ def model_configs(draw, kinds=KINDS, positions=POSITIONS, max_layers=2) -> Model
         qk_norm=pick(False, True),
         attention_scale=pick(0.0, 1.0),
         attention_softcap=pick(0.0, 5.0),
+        source_vocab_size=pick(0, VOCAB) if kind == "encoder-decoder" else 0,
+        vocab_padding=pick(0, 2),
         tie_embeddings=tied,
         head_bias=pick(False, True),
         head_transform=pick(False, True),

@@ -12,7 +12,9 @@ from toy_decoder import EOS, run, toy
 from jaxformer.decoding.loop import decode
 from jaxformer.decoding.processors import (
     ban,
+    ban_first,
     chain,
+    forced,
     min_length,
     min_p,
     temperature,
@@ -116,6 +118,39 @@ def test_ban_and_min_length():
         forbidden.append(bool(processor.apply(logits, state)[0, 0, EOS] == -jnp.inf))
         state = processor.update(state, jnp.array([[3]]))
     assert forbidden == [True, True, False, False]
+
+
+def test_forced_is_certain_at_its_place_alone():
+    processor = forced(4, jnp.array([0, 2]))
+    logits = jnp.array([0.0, 1.0, 2.0, 3.0, -1.0]) + jnp.zeros((2, 1, 5))
+    state, certain = processor.init(2, 1), []
+    for _ in range(3):
+        processed = processor.apply(logits, state)
+        alone = np.isneginf(processed[:, 0, :4]).all(-1)
+        for row in range(2):
+            if alone[row]:  # log-probability 0 under the unprocessed logits
+                np.testing.assert_allclose(
+                    processed[row, 0, 4], jax.nn.logsumexp(logits[row, 0]), rtol=1e-6
+                )
+            else:
+                np.testing.assert_array_equal(processed[row], logits[row])
+        certain.append(alone.tolist())
+        state = processor.update(state, jnp.array([[3], [3]]))
+    assert certain == [[True, False], [False, False], [False, True]]
+
+
+def test_ban_first_bans_once():
+    processor, logits = ban_first(jnp.arange(5) < 2), jnp.zeros((1, 1, 5))
+    state = processor.init(1, 1)
+    assert np.isneginf(processor.apply(logits, state)[0, 0]).tolist() == [True] * 2 + [False] * 3
+    state = processor.update(state, jnp.array([[3]]))
+    np.testing.assert_array_equal(processor.apply(logits, state), logits)
+
+
+def test_any_end_is_held_back():
+    processor = min_length(1, [1, 3])
+    processed = processor.apply(jnp.zeros((1, 1, 5)), processor.init(1, 1))
+    assert np.isneginf(processed[0, 0]).tolist() == [False, True, False, True, False]
 
 
 ROW = np.array([1.0, -0.5, 0.8, 0.0, 2.0, -1.5, 1.0], np.float32)

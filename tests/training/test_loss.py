@@ -46,6 +46,24 @@ def test_is_its_definition(shape, smoothing, z_loss, seed):
     np.testing.assert_allclose(objective, smoothed + z, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_padding_of_the_vocabulary_changes_nothing(smoothing):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 3, (2, 3, 7)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 7, (2, 3)), jnp.int32)
+
+    def loss(logits, padding):
+        padded = jnp.pad(logits, ((0, 0), (0, 0), (0, padding)), constant_values=-jnp.inf)
+        options = dict(label_smoothing=smoothing, z_loss=0.1, vocab_padding=padding)
+        return cross_entropy(padded, labels, **options)[0].sum()
+
+    (plain, grad), (padded, padded_grad) = (
+        jax.value_and_grad(loss)(logits, padding) for padding in (0, 3)
+    )
+    np.testing.assert_allclose(padded, plain, rtol=1e-6)
+    np.testing.assert_allclose(padded_grad, grad, rtol=1e-5, atol=1e-6)
+
+
 def test_large_logits_do_not_overflow():
     logits = jnp.array([[[1e4, 0.0, -1e4]]])
     for label, expected in [(0, 0.0), (1, 1e4), (2, 2e4)]:
