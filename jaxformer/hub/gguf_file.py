@@ -6,8 +6,7 @@ is not used: it believes a header, and makes arrays of whatever sizes that state
 
 import math
 import os
-import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +18,7 @@ from gguf.quants import dequantize
 from jaxtyping import Shaped
 
 from jaxformer.errors import CheckpointError
+from jaxformer.hub.tensors import Stored, map_file, open_regular
 
 VERSIONS = (2, 3)
 MAX_HEADER = 64 * 2**20
@@ -47,15 +47,6 @@ NUMBERS = {
 }  # fmt: skip
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor that is not in memory: its shape and dtype, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], Shaped[np.ndarray, "..."]]
 
 
 @dataclass(frozen=True)
@@ -127,18 +118,6 @@ def read_header(path: Path) -> Header:
             f"Get the model in one of {', '.join(kind.name for kind in KINDS)}."
         )
     return Header(path, fields, places)
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file to read bytes from, or a link to one; devices and pipes are refused without a wait."""
-    try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if stat.S_ISREG(os.fstat(number).st_mode):
-            return os.fdopen(number, "rb")
-        os.close(number)
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}.") from None
-    raise CheckpointError(f"{path} is no regular file; remove it, or download it again.")
 
 
 class _Cursor:
@@ -220,12 +199,9 @@ def _unique(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 def _read(path: Path, place: Place) -> Shaped[np.ndarray, "..."]:
     """A read-only array: a map of the file, or what its blocks stand for."""
-    try:
-        data = np.asarray(np.memmap(path, np.uint8, "r", place.begin, (place.nbytes,)))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} has changed since it was opened: {e}.") from None
     if place.kind in FLOATS:
-        return data.view(FLOATS[place.kind]).reshape(place.shape)
+        return map_file(path, place.begin, place.shape, FLOATS[place.kind])
+    data = map_file(path, place.begin, (place.nbytes,), np.dtype(np.uint8))
     rows = data.reshape(math.prod(place.shape[:-1]), -1)
     floats = np.empty((len(rows), place.shape[-1]), np.float32)
     step = max(1, CHUNK // rows.shape[1])  # the package holds what it makes twice

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from jaxformer.hub.gguf_file import Header, Stored, read_header
+from jaxformer.hub.gguf_file import Header, read_header
+from jaxformer.hub.tensors import Stored
 
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip

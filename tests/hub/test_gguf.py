@@ -373,6 +373,7 @@ SMALL = np.zeros((2, WIDTH), np.float32)
         ({"llama.attention.value_length": 4}, {}, "value_length"),
         ({"llama.rope.dimension_count": 4}, {}, "dimension_count"),
         ({"llama.rope.freq_base": float("nan")}, {}, "freq_base"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, {}, "epsilon is inf"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "longrope"),
         ({"llama.rope.scaling.factor": float("inf")}, {}, "inf"),
         ({"llama.vocab_size": 7}, {}, "vocab_size"),
@@ -381,10 +382,13 @@ SMALL = np.zeros((2, WIDTH), np.float32)
          "'blk.0.ffn_gate_exps.weight', 'blk.00.ffn_up.weight'"),
         ({}, {"evil\x1b[2J": SMALL}, "'evil\\x1b[2J'"),
         ({}, {"rope_freqs.weight": FACTORS}, "rope_freqs"),
-        ({}, {"rope_freqs.weight": FACTORS * np.inf}, "rope_freqs"),
+        ({"llama.rope.freq_base": 5e5}, {"rope_freqs.weight": FACTORS * np.inf}, "rope_freqs"),
+        ({"llama.rope.freq_base": 5e5, "llama.rope.scaling.factor": 2.0},
+         {"rope_freqs.weight": stretched(8.0)}, "rope_freqs"),
         ({}, {"rope_freqs.weight": FACTORS[:3]}, "rope_freqs"),
         ({}, {"blk.1.attn_k.weight": SMALL}, "attn_k"),
         ({}, {"blk.4.ffn_up.weight": SMALL}, "block_count"),
+        ({"llama.block_count": 3}, {"blk.4.ffn_up.weight": SMALL}, "block_count"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_by_name(
@@ -640,7 +644,8 @@ def test_ends_are_added_as_the_file_says(fields: dict[str, Any], expected: str, 
     fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     made = tokenizer(byte_level(tmp_path / "a.gguf", fields))
     assert made.encode("ab").tokens == expected.split()
-    assert made.encode("ab", "ab").tokens == 2 * expected.split()
+    pair, n = made.encode("ab", "ab"), len(expected.split())
+    assert pair.tokens == 2 * expected.split() and pair.type_ids == [0] * n + [1] * n
 
 
 def test_llama_3_looks_whole_words_up_first(tmp_path: Path):
@@ -679,7 +684,7 @@ def test_config_names_tokens_and_chat_template(tmp_path: Path):
         ({"tokens": [1, 2, 3]}, "of type list"),
         ({"token_type": [1, 2]}, "token types"),
         ({"token_type": [*TYPES[1:], 9]}, "token types"),
-        ({"merges": ["a b", "a b c"]}, "'a b c'"),
+        ({"merges": ["a b", "1 2 34"]}, "'1 2 34'"),
         ({"merges": ["a  b"]}, "'a  b'"),
         ({"merges": ["a c"]}, "'a c'"),
         ({"bos_token_id": len(TOKENS)}, "bos_token_id"),
@@ -739,11 +744,25 @@ def test_pieces_are_sentencepieces(pieces: Any, text: str):
 def test_pieces_that_can_be_made_in_too_many_ways_are_refused(tmp_path: Path):
     """A small file could otherwise ask for merges a thousand times its size."""
     many = ["a" * i + "b" * j for i in range(60) for j in range(60) if i + j]
+    with pytest.raises(CheckpointError, match="57584 ways"):
+        gguf_tokenizer_files(unscored(tmp_path / "a.gguf", many))
+
+
+def test_a_very_long_piece_takes_no_time(tmp_path: Path):
+    """Cutting it in two everywhere would take minutes."""
+    tokens = ["a", "aa", "a" * 10**6]
+    path = unscored(tmp_path / "a.gguf", tokens)
+    assert tokenizer(path).encode("aa", add_special_tokens=False).tokens == ["aa"]
+
+
+def unscored(path: Path, tokens: list[str]) -> Path:
+    """A file of SentencePiece pieces."""
     fields = {
         "general.architecture": "llama",
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": many,
-        "tokenizer.ggml.scores": [0.0] * len(many),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
     }
-    with pytest.raises(CheckpointError, match="57584 ways"):
-        gguf_tokenizer_files(write(tmp_path / "a.gguf", fields, {}))
+    return write(path, fields, {})
