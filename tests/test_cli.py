@@ -22,7 +22,7 @@ from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
 from jaxformer.data import sources
 from jaxformer.data.tokenizer import ByteTokenizer
-from jaxformer.generate import Model
+from jaxformer.model import Model
 from jaxformer.training import loop
 
 
@@ -263,7 +263,7 @@ def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
 WAITING = """
 import io, sys, threading
 from jaxformer import cli
-from jaxformer.generate import Model
+from jaxformer.model import Model
 
 def wait(*arguments, **options):
     print("generating", flush=True)
