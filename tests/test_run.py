@@ -145,7 +145,20 @@ def written(checkpoint: Path) -> dict[str, int]:
 
 
 def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path):
-    config = tiny.masked(tmp_path)
+    check_interrupted(tiny.masked(tmp_path), masked_run)
+
+
+@pytest.mark.slow
+def test_a_stopped_language_model_is_the_uninterrupted_one(tmp_path: Path, capsys: Any):
+    fit(tiny.causal(tmp_path / "whole"))
+    said = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert len(said) == 2  # after each evaluation, of the one document
+    check_interrupted(tiny.causal(tmp_path / "stopped"), tmp_path / "whole")
+
+
+def check_interrupted(config: TrainConfig, uninterrupted: Path) -> None:
+    """A run stopped in everything it does, each time going on, ends as one that never was."""
+    tmp_path = Path(config.run_dir)
     interrupt(config, "SIGTERM", in_compilation)
     assert tiny.last_state(tmp_path).step == 1  # what was compiled has run once
     interrupt(config, "SIGINT", in_step)
@@ -162,7 +175,7 @@ def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path
     assert line["step"] == 5 and line["eval/loss"] == manifest.read(checkpoint)["loss"]
     assert written(checkpoint) == before
     fit(config)
-    tiny.assert_same_run(tmp_path, masked_run)
+    tiny.assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
