@@ -332,7 +332,10 @@ def test_a_loss_that_stays_infinite_ends_the_run(tmp_path: Path):
 def test_what_does_not_fit_is_found_before_anything_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
 ):
-    for name in ("init_state", "make_train_step", "make_eval_step"):
+    names = ["init_state", "make_train_step", "make_eval_step"]
+    if "n_heads" in says:  # which is known without the data
+        names.append("prepare")
+    for name in names:
         monkeypatch.setattr(loop, name, lambda *_, name=name: pytest.fail(name))
     with pytest.raises(ConfigError, match=says):
         fit(dataclasses.replace(tiny.masked(tmp_path), **options))
