@@ -497,6 +497,10 @@ class DecodeConfig:
             in_range(self, name, -1, LARGEST)
         in_range(self, "length_penalty", -100, 100)
         require(
+            self.max_length == 0 or self.min_length <= self.max_length,
+            f"min_length {self.min_length} is more than max_length {self.max_length}.",
+        )
+        require(
             self.beams == 1 or not self.sampling,
             "beams search and temperature, top_k, top_p, min_p and samples draw at random; "
             "give beams or those, not both.",
@@ -549,7 +553,8 @@ class TrainConfig:
     keep_latest: int = 2
     """Newest checkpoints kept."""
     keep_best: int = 1
-    """Checkpoints kept besides, by lowest eval/loss, of those that were evaluated."""
+    """Checkpoints kept besides, by lowest eval/loss, of those whose step was evaluated: where
+    save_every and eval_every meet, and the last."""
     metrics: tuple[Literal["exact", "wer", "per", "bleu", "chrf", "rouge"], ...] = ()
     """What to compute on text generated from the validation sources: percentages of examples
     that equal a reference (exact) or none (wer: of words, where each example is one), of symbols to

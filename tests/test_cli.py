@@ -22,7 +22,7 @@ from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
 from jaxformer.data import sources
 from jaxformer.data.tokenizer import ByteTokenizer
-from jaxformer.generate import Model
+from jaxformer.model import Model
 from jaxformer.training import loop
 
 
@@ -226,6 +226,9 @@ def test_a_directory_that_cannot_be_written(
     for name, options in (("train", ()), ("tokenizer", ("--output", there))):
         code, out, errors = command(name, "--config", file, *options)
         assert (code, out) == (4, "") and f"cannot write to {there}: Not a directory" in errors
+    # There, but no file can be made in it.
+    code, _, errors = command("tokenizer", "--config", file, "--output", "/proc")
+    assert code == 4 and "cannot write to /proc" in errors
 
 
 def test_signals_end_a_command_on_a_run(command: Any, monkeypatch: pytest.MonkeyPatch):
@@ -263,7 +266,7 @@ def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
 WAITING = """
 import io, sys, threading
 from jaxformer import cli
-from jaxformer.generate import Model
+from jaxformer.model import Model
 
 def wait(*arguments, **options):
     print("generating", flush=True)

@@ -166,6 +166,8 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (DecodeConfig, {"top_p": float("nan")}, "top_p is nan"),
     (DecodeConfig, {"top_k": -1}, "top_k is -1"),
     (DecodeConfig, {"min_p": 1.1}, "min_p is 1.1"),
+    (DecodeConfig, {"min_length": -1}, "min_length is -1"),
+    (DecodeConfig, {"min_length": 5, "max_length": 4}, "min_length 5 is more than max_length 4"),
     (DecodeConfig, {"beams": 2, "top_k": 3}, "not both"),
     (DecodeConfig, {"beams": 2, "n_best": 3}, "n_best 3 is more than the 2"),
     (DecodeConfig, {"samples": 2, "n_best": 3}, "n_best 3 is more than the 2"),

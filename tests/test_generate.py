@@ -192,6 +192,21 @@ def test_the_end_first_is_empty_text():
             for h in result.hypotheses:
                 assert (h.text, h.ids, h.finish) == ("", (LETTERS.eos_id,), "eos")
                 assert h.log_prob == pytest.approx(0, abs=1e-6)
+    for result in mute.hypotheses(TEXTS, BEAMS):
+        best, *others = result.hypotheses
+        assert (best.text, best.ids, best.finish) == ("", (LETTERS.eos_id,), "eos")
+        assert best.log_prob == pytest.approx(0, abs=1e-6)
+        assert all(np.isfinite([h.score, h.log_prob]).all() for h in others)
+
+
+@ways
+def test_nothing_left_to_say_is_a_dead_end(way: DecodeConfig):
+    every = dataclasses.replace(way, suppress=tuple(range(LETTERS.vocab_size)))
+    for result in model("decoder-only").hypotheses(TEXTS, every):
+        assert len(result.hypotheses) == way.n_best
+        for h in result.hypotheses:
+            assert (h.text, h.ids, h.finish) == ("", (), "dead_end")
+            assert np.isfinite([h.score, h.log_prob]).all()
 
 
 def test_a_text_too_long_fails_alone(lively: Model):

@@ -25,13 +25,14 @@ from jaxformer import generate, run, sharding
 from jaxformer.config import MeshConfig, TrainConfig
 from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import ByteTokenizer
-from jaxformer.errors import CheckpointError, NumericsError, Stopped
+from jaxformer.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from jaxformer.training import loop, manifest, step
 from jaxformer.training.checkpoint import lock
-from jaxformer.training.evaluate import evaluate_loss
+from jaxformer.training.evaluate import evaluate_loss, evaluate_text
 from jaxformer.training.loop import fit
 from jaxformer.training.report import Report, read_metrics
 from jaxformer.training.step import make_eval_step
+from jaxformer.training.stopping import StopRequest
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -145,7 +146,20 @@ def written(checkpoint: Path) -> dict[str, int]:
 
 
 def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path):
-    config = tiny.masked(tmp_path)
+    check_interrupted(tiny.masked(tmp_path), masked_run)
+
+
+@pytest.mark.slow
+def test_a_stopped_language_model_is_the_uninterrupted_one(tmp_path: Path, capsys: Any):
+    fit(tiny.causal(tmp_path / "whole"))
+    said = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert len(said) == 2  # after each evaluation, of the one document
+    check_interrupted(tiny.causal(tmp_path / "stopped"), tmp_path / "whole")
+
+
+def check_interrupted(config: TrainConfig, uninterrupted: Path) -> None:
+    """A run stopped in everything it does, each time going on, ends as one that never was."""
+    tmp_path = Path(config.run_dir)
     interrupt(config, "SIGTERM", in_compilation)
     assert tiny.last_state(tmp_path).step == 1  # what was compiled has run once
     interrupt(config, "SIGINT", in_step)
@@ -162,7 +176,7 @@ def test_a_stopped_run_is_the_uninterrupted_one(tmp_path: Path, masked_run: Path
     assert line["step"] == 5 and line["eval/loss"] == manifest.read(checkpoint)["loss"]
     assert written(checkpoint) == before
     fit(config)
-    tiny.assert_same_run(tmp_path, masked_run)
+    tiny.assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -255,6 +269,21 @@ def test_another_tokenizer_is_refused(tmp_path: Path, masked_run: Path):
             use()
 
 
+def test_text_scores_are_those_of_what_is_generated():
+    run_dir = tiny.reversing_run()
+    model = jaxformer.load(run_dir)
+    config, data = loop.prepare(run.read(run_dir)[0], run_dir)
+    written = model.generate([example.source for example in data.examples])
+    wrong = sum(
+        text != example.targets[0] for text, example in zip(written, data.examples, strict=True)
+    )
+    logged = tiny.metrics(run_dir)[-1]
+    assert logged["eval/wer"] == pytest.approx(100 * wrong / len(data.examples))
+    scores, predictions = evaluate_text(model, data.examples, ("wer", "exact"), StopRequest())
+    assert predictions == written
+    assert scores == {"eval/wer": logged["eval/wer"], "eval/exact": 100 - logged["eval/wer"]}
+
+
 def test_the_loss_is_that_of_each_example_alone():
     run_dir = tiny.reversing_run()
     model = jaxformer.load(run_dir)
@@ -289,6 +318,41 @@ def test_a_loss_that_stays_infinite_ends_the_run(tmp_path: Path):
     assert restored.step >= 2
     for leaf in jax.tree.leaves(restored.state.params):
         assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mesh": MeshConfig(tensor=8)}, "n_heads 2 is not a multiple of mesh.tensor 8"),
+        # Only with the data the vocabulary is known.
+        ({"mesh": MeshConfig(tensor=2)}, "vocab_size 9 is not a multiple of mesh.tensor 2"),
+        ({"accumulate": 2}, "batch_tokens 64 is 8 rows .* set data.batch_tokens to at least 128"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_anything_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
+):
+    names = ["init_state", "make_train_step", "make_eval_step"]
+    if "n_heads" in says:  # which is known without the data
+        names.append("prepare")
+    for name in names:
+        monkeypatch.setattr(loop, name, lambda *_, name=name: pytest.fail(name))
+    with pytest.raises(ConfigError, match=says):
+        fit(dataclasses.replace(tiny.masked(tmp_path), **options))
+
+
+@pytest.mark.parametrize(
+    ("save_every", "eval_every", "kept"),
+    [(2, 2, ["4", "8"]), (3, 2, ["6", "8"]), (8, 2, ["8"])],  # evaluated and saved: 2 4 6 8, 6 8, 8
+)
+def test_the_latest_and_the_best_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, eval_every: int, kept: list
+):
+    losses = iter({2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}.values())
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: {"eval/loss": next(losses)})
+    config = dataclasses.replace(tiny.masked(tmp_path), keep_latest=1, keep_best=1)
+    fit(dataclasses.replace(config, save_every=save_every, eval_every=eval_every))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
 def test_a_failed_save_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

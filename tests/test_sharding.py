@@ -325,10 +325,13 @@ def test_eight_devices_to_two_and_one(tmp_path):
     state, _ = train(config, mesh, init_state(config, tx, mesh, seed=0))
     with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
         checkpoints.save(3, state, {}, loss=None)
+        saved = jax.device_get((state.params, state.opt_state))
         _, expected = train(config, mesh, state)
         for shape in [(1, 2, 1), (1, 1, 1)]:
             mesh = make_mesh(*shape)
             restored = checkpoints.restore(abstract_state(config, tx, mesh))
             assert restored is not None and restored.step == 3
+            found = jax.device_get((restored.state.params, restored.state.opt_state))
+            jax.tree.map(np.testing.assert_array_equal, found, saved)
             _, losses = train(config, mesh, restored.state)
             np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -133,6 +133,16 @@ def masked(run_dir: Path) -> TrainConfig:
     )
 
 
+def causal(run_dir: Path) -> TrainConfig:
+    """A decoder, with dropout, that begins to continue a text which it reads in windows."""
+    config = masked(run_dir)
+    data = dataclasses.replace(config.data, task="lm", lines=False, valid_fraction=0.5)
+    model = dataclasses.replace(
+        MODEL, n_encoder_layers=0, n_decoder_layers=1, dropout=0.2, max_length=32
+    )
+    return dataclasses.replace(config, data=data, model=model)
+
+
 @cache
 def reversing_run() -> Path:
     """The finished run of `reverse`, not to be changed."""

@@ -312,6 +312,33 @@ EACH = pytest.mark.parametrize("c", ORDERS, ids=lambda c: f"{c.task}{'-packed' i
 
 
 @EACH
+def test_batches_go_on_the_same_on_another_mesh(c):
+    """Begun on eight devices: two and one go on with the same examples."""
+    rows = numbered(c, 60, longest=60 if c.task != "seq2seq" else 20)
+    c = replace(c, batch_tokens=24 * 9)  # nine rows, of which eight devices make sixteen
+    eight = training_batches(c, rows, BYTES, seed=1, multiple=8)
+    next(eight), next(eight)
+    state = json.loads(json.dumps(eight.get_state()))
+    expected = [without_filling(batch) for batch in islice(eight, 30)]
+    for multiple in (2, 1):
+        fewer = training_batches(c, rows, BYTES, seed=1, multiple=multiple)
+        fewer.set_state(state)
+        for batch, wanted in zip(fewer, expected, strict=False):
+            assert equal(without_filling(batch), wanted)
+
+
+def without_filling(batch: Batch) -> Batch:
+    """The rows of a batch that are not there only to fill it up."""
+    learner = batch.target or batch.source
+    assert learner is not None
+    real = learner.seg.any(1)
+    source, target = (
+        side and Tokens(*(array[real] for array in side)) for side in (batch.source, batch.target)
+    )
+    return Batch(source, target, batch.labels[real], batch.weights[real])
+
+
+@EACH
 def test_resumed_batches_equal_uninterrupted_ones(c):
     rows = numbered(c, 60, longest=60 if c.task != "seq2seq" else 20)
     batches = training_batches(c, rows, BYTES, seed=1, multiple=2)

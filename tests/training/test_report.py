@@ -1,11 +1,17 @@
 """What a run writes, and that a run which is resumed writes each line once."""
 
+import io
+import itertools
 import json
+import re
 import struct
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from jaxformer.errors import CheckpointError
+from jaxformer.training import report as report_module
 from jaxformer.training.report import Report, printable, read_metrics
 
 
@@ -41,6 +47,24 @@ def test_a_full_disk_is_a_message(tmp_path, where):
                 report._file.close()
                 report._file = open("/dev/full", "w")
                 report.log(1, {"train/loss": 2.5})
+
+
+def test_the_progress_on_a_terminal(tmp_path, monkeypatch):
+    """Steps, time left (eight steps at half a second each), and what the window says."""
+    clock, screen = itertools.count(), io.StringIO()
+    console = partial(
+        Console, file=screen, force_terminal=True, width=120, get_time=lambda: next(clock) / 1000
+    )
+    monkeypatch.setattr(report_module, "Console", console)
+    with Report(tmp_path, 0, 12) as report:
+        for step in range(1, 5):
+            clock = itertools.count(500 * step)
+            report.advance(step, "1,234 tokens/s  data 25%")
+            report._bar.refresh()
+        report.say("a line above")
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue())
+    assert re.search(r"step 4/12 +\S+ 0:00:04 1,234 tokens/s  data 25%", shown), shown
+    assert "step 1/12" in shown and "a line above" in shown
 
 
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
