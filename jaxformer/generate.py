@@ -33,10 +33,10 @@ class Method(NamedTuple):
     start_id: int
     stop_ids: tuple[int, ...]
     pad_id: int
-    suppress: tuple[int, ...]
-    suppress_first: tuple[int, ...]
-    forced_first: int
-    forced_last: int
+    suppress: tuple[int, ...] = ()
+    suppress_first: tuple[int, ...] = ()
+    forced_first: int = -1
+    forced_last: int = -1
 
 
 class Numbers(NamedTuple):
@@ -47,7 +47,7 @@ class Numbers(NamedTuple):
     top_p: float
     min_p: float
     length_penalty: float
-    min_length: int
+    min_length: int = 0
 
 
 def decode_batch(

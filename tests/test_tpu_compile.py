@@ -72,7 +72,7 @@ assert "all-reduce" in compiled.as_text()
 DECODE = """
 from jaxformer.generate import Method, Numbers, _decode
 side = Tokens(*[array(4, 16)] * 3)
-method = Method(WAY, 4, 16, "wu", 1, 2, 0)
+method = Method(WAY, 4, 16, "wu", 1, (2,), 0, suppress=(3,), forced_first=4, forced_last=2)
 numbers = Numbers(1.0, 0, 0.9, 0.0, 0.6)
 one = array(dtype="int32", sharding=sharding.replicated(mesh))
 compiled = compile(
