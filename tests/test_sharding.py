@@ -55,7 +55,17 @@ CONFIGS = {
         position="relative",
         tie_embeddings=False,
     ),
+    "encoder-only": toy(
+        "encoder-only",
+        **SIZES,
+        position="learned",
+        n_token_types=2,
+        head_transform=True,
+    ),
+    "grouped heads, dropout": toy(**SIZES | dict(n_heads=4), n_kv_heads=2, dropout=0.3),
+    "adapters": toy(**SIZES, lora_rank=2),
 }
+ACCUMULATE = {CONFIGS["grouped heads, dropout"]: 2}
 
 
 def place(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
@@ -68,7 +78,8 @@ def place(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
 @cache
 def stepper(config: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
     tx = make_optimizer(config, OPTIM, 100)
-    return make_train_step(config, OPTIM, tx, 1, mesh, abstract_state(config, tx, mesh))
+    parts = ACCUMULATE.get(config, 1)
+    return make_train_step(config, OPTIM, tx, parts, mesh, abstract_state(config, tx, mesh))
 
 
 def train(config: ModelConfig, mesh: Mesh, state: TrainState) -> tuple[TrainState, list[float]]:
@@ -84,6 +95,10 @@ def train(config: ModelConfig, mesh: Mesh, state: TrainState) -> tuple[TrainStat
 
 SPECS = {
     "embedding": ("tensor", "fsdp"),
+    "positions/embedding": (None, "fsdp"),
+    "token_types/embedding": (None, "fsdp"),
+    "transform/kernel": ("fsdp", "tensor"),
+    "transform/bias": ("tensor",),
     "query/kernel": ("fsdp", "tensor", None),
     "key/kernel": ("fsdp", "tensor", None),
     "value/kernel": ("fsdp", "tensor", None),
@@ -108,14 +123,17 @@ SPECS = {
 }
 
 
-def check_shardings(state: TrainState, mesh: Mesh) -> None:
-    """Parameters and both their moments lie where `SPECS` says, in parts of the right size."""
+def check_shardings(config: ModelConfig, state: TrainState, mesh: Mesh) -> None:
+    """Parameters and both their moments lie where `SPECS` says, in parts of the right size.
+
+    What adapters leave frozen has no moments.
+    """
     moments = by_name(state.opt_state)
     for name, leaf in by_name(state.params).items():
-        (spec,) = {spec for end, spec in SPECS.items() if name.endswith(end)}
+        spec = SPECS[max((end for end in SPECS if name.endswith(end)), key=len)]
         spec = (None, *spec) if "/layers/" in name else spec
         own = [moment for path, moment in moments.items() if path.endswith("/" + name)]
-        assert len(own) == 2, name
+        assert len(own) == (0 if config.lora_rank and "lora" not in name else 2), name
         for x in (leaf, *own):
             expected = NamedSharding(mesh, PartitionSpec(*spec))
             assert x.sharding.is_equivalent_to(expected, x.ndim), (name, x.sharding)
@@ -134,20 +152,23 @@ def check_shardings(state: TrainState, mesh: Mesh) -> None:
         pytest.param("encoder-decoder", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("encoder-decoder", (8, 1, 1), marks=pytest.mark.slow),
         pytest.param("encoder-decoder", (2, 4, 1), marks=pytest.mark.slow),
+        pytest.param("encoder-only", (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param("grouped heads, dropout", (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param("adapters", (2, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_train_as_one(kind, shape):
     config = CONFIGS[kind]
     mesh, one = make_mesh(*shape), make_mesh(1, 1, 1)
     state = init_state(config, make_optimizer(config, OPTIM, 100), mesh, seed=0)
-    check_shardings(state, mesh)
+    check_shardings(config, state, mesh)
     expected, losses = train(config, one, place(state, config, one))
     old = state
     state, found = train(config, mesh, old)
     # The old state was given up for the new one to be written over it.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    check_shardings(state, mesh)
+    check_shardings(config, state, mesh)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     same_params(state, expected, 1e-4)
 
@@ -192,6 +213,7 @@ def computed(config: ModelConfig, mesh: Mesh) -> Counter[tuple[int, ...]]:
         ("decoder-only", (2, 2, 2)),
         pytest.param("encoder-decoder", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("encoder-decoder", (2, 4, 1), marks=pytest.mark.slow),
+        pytest.param("decoder-only", (8, 1, 1), marks=pytest.mark.slow),
     ],
 )
 def test_each_device_computes_its_part_of_the_activations(kind, shape):
@@ -202,6 +224,10 @@ def test_each_device_computes_its_part_of_the_activations(kind, shape):
     assert found[rows, LENGTH, 12] > 10  # the residual stream: its rows, the whole width
     assert found[rows, LENGTH, 40 // tensor] > 10  # inside the feed-forward layers
     assert found[rows, LENGTH, 28 // tensor] > 3  # logits
+    assert found[rows, LENGTH, 2 // tensor, 6] > 10  # queries, keys and values of its heads
+    assert found[rows, 2 // tensor, 1, LENGTH, LENGTH] > 10  # what they attend to
+    if tensor > 1:  # and never all heads at once
+        assert not found[rows, LENGTH, 2, 6] and not found[rows, 2, 1, LENGTH, LENGTH]
 
 
 def test_hidden_states_come_out_in_rows():

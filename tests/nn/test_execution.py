@@ -1,7 +1,7 @@
 """How a model runs changes nothing it computes: loops, recomputation, compilation, types."""
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from random_configs import (
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn import transformer
+from jaxformer.nn.functional import attend
 from jaxformer.types import Batch
 
 seeds = st.integers(0, 2**32 - 1)
@@ -75,6 +76,27 @@ def test_loops_and_recomputation_change_nothing(way):
     assert_close(run(dataclasses.replace(CONFIG, **way), params, data), (out, grads))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert abs(grad).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_recomputation_drops_the_same_again(remat):
+    config = dataclasses.replace(CONFIG, dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3)
+    params, data = random_params(CONFIG, 0), batch(CONFIG)
+
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def gradient(config, key):
+        def loss(params):
+            model = transformer.Transformer(config, deterministic=False)
+            return jnp.square(model.apply({"params": params}, data, rngs={"dropout": key})).mean()
+
+        return jax.grad(loss)(params)
+
+    one, other = (gradient(config, jax.random.key(seed)) for seed in (0, 1))
+    again = gradient(dataclasses.replace(config, remat=remat), jax.random.key(0))
+    assert_close(again, one)
+    path = ("decoder", "layers", "mlp", "up", "kernel")
+    one, other = (reduce(dict.__getitem__, path, grads) for grads in (one, other))
+    assert abs(one - other).max() > 1e-3
 
 
 def test_recomputation_computes_again():
@@ -142,6 +164,23 @@ def test_no_type_is_promoted_by_accident(config, dtypes):
         grads, out = jax.eval_shape(grad, params, batch(config))
     assert out.dtype == jnp.float32
     assert {grad.dtype for grad in jax.tree.leaves(grads)} == {jnp.dtype(param)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_softmax_is_float32_whatever_goes_in(dtype):
+    """Every exponential, forward and backward."""
+
+    def exponentials(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("exp", "exp2", "logistic"):
+                yield from (x.aval.dtype for x in (*eqn.invars, *eqn.outvars))
+            for inner in jaxprs_in_params(eqn.params):
+                yield from exponentials(inner)
+
+    x = jnp.ones((2, 5, 4, 6), dtype)
+    keys, mask = x[:, :, :2], jnp.ones((2, 5, 5), bool)
+    grad = jax.grad(lambda *qkv: attend(*qkv, mask).sum().astype(jnp.float32), (0, 1, 2))
+    assert set(exponentials(jax.make_jaxpr(grad)(x, keys, keys).jaxpr)) == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[-1]], ids=str)

@@ -1,7 +1,8 @@
 """What one update does: the same however it is cut up, and nothing at all when it is not finite."""
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def start(config: ModelConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, tx.init(params), jax.random.key(0))
 
 
+@cache
 def stepper(config: ModelConfig, accumulate: int = 1) -> Callable[..., Any]:
     tx = make_optimizer(config, OPTIM, 100)
     return jax.jit(partial(train_step, config, OPTIM, tx, accumulate))
@@ -52,12 +54,16 @@ def step() -> Callable[..., Any]:
     return stepper(CONFIG)
 
 
-def test_parts_add_up_to_the_batch(step):
-    batch = toy_batch(CONFIG)
+@pytest.mark.parametrize(
+    "kind", ["decoder-only", pytest.param("encoder-decoder", marks=pytest.mark.slow)]
+)
+def test_parts_add_up_to_the_batch(kind):
+    config = toy(kind, norm="rms", position="none")
+    batch = toy_batch(config)
     parts = np.asarray(batch.weights).reshape(-1, 4, 6).sum((0, 2))
     assert len(set(parts.tolist())) > 1  # or a mean of means would pass
-    whole, expected = step(start(CONFIG), batch)
-    state, metrics = stepper(CONFIG, 4)(start(CONFIG), batch)
+    whole, expected = stepper(config)(start(config), batch)
+    state, metrics = stepper(config, 4)(start(config), batch)
     close(metrics, expected, 1e-5)
     close(state.params, whole.params, 1e-5)
     close(state.opt_state, whole.opt_state, 1e-5)
@@ -88,8 +94,18 @@ def test_compiled_equals_eager(step):
     close(state.params, compiled.params, 1e-4)
 
 
-def test_one_batch_is_learnt_by_heart(step):
-    batch, state, losses = toy_batch(CONFIG), start(CONFIG), []
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        pytest.param(("bfloat16", "bfloat16"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_one_batch_is_learnt_by_heart(dtypes):
+    config = dataclasses.replace(CONFIG, param_dtype=dtypes[0], compute_dtype=dtypes[1])
+    batch, state, losses, step = toy_batch(config), start(config), [], stepper(config)
     # What comes next must follow from what came before: count up.
     batch = batch._replace(labels=(batch.target.ids + 1) % 16)
     for _ in range(100):
