@@ -8,11 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_tokenizers import AWKWARD, as_bytes, byte_level, kinds, ranks, wordpiece, write
 
+from jaxformer.config import DataConfig
+from jaxformer.data import pipeline, tasks
 from jaxformer.data import tokenizer as tokenizers
 from jaxformer.data.foreign import ForeignTokenizer, from_files, read_tokenizer
+from jaxformer.data.sources import Example
+from jaxformer.data.special_tokens import refusing
 from jaxformer.data.tokenizer import load_tokenizer
 from jaxformer.errors import DataError
 
@@ -337,3 +342,44 @@ def test_minilm_from_either_of_its_vocabularies():
     plain = from_files(files, config, {})
     assert [plain.source(t) for t in AWKWARD] == [both.source(t) for t in AWKWARD]
     assert len(wordpiece()) < plain.vocab_size == both.vocab_size == 30522
+
+
+def test_masking_leaves_what_surrounds_a_text_and_draws_only_text():
+    bert = read("bert")
+    config = DataConfig(task="mlm", buckets=(32,), batch_tokens=320, mask_rate=0.5)
+    texts = ["the cat sat on the mat", "is better than", "", "the dog"] * 10
+    rows = tasks.tokenise(config, bert, [Example("", (t,)) for t in texts], one_per_target=True)
+    cls, sep = bert.source("")
+    replaced = set()
+    for batch in pipeline.evaluation_batches(config, rows, bert, multiple=1):
+        ids, labels, weights = batch.source.ids, batch.labels, batch.weights
+        inside = (batch.source.seg > 0) & (batch.source.seg.sum(1, keepdims=True) > 2)
+        assert not ((weights > 0) & np.isin(labels, [cls, sep]) & inside).any()
+        assert (ids[inside][:1] == cls).all()
+        replaced |= set(ids[(weights > 0) & inside & (ids != labels)].tolist())
+    assert bert.mask_id in replaced and len(replaced) > 2
+    assert not (replaced - {bert.mask_id}) & bert.special_ids
+
+
+def test_examples_are_read_and_written_as_the_model_was_trained_to():
+    for kind in ("bart", "mbart50", "llama", "marian"):
+        tokenizer = read(kind)
+        task = "lm" if kind == "llama" else "seq2seq"
+        config = DataConfig(task=task, buckets=(32,))
+        rows = tasks.tokenise(config, tokenizer, [Example("the cat", ("a dog",))], False)
+        assert rows.target_ids.tolist() == tokenizer.target("a dog")
+        if task == "seq2seq":
+            assert rows.source_ids.tolist() == tokenizer.source("the cat")
+
+
+def test_faults_of_native_code_are_errors_and_interrupts_are_not():
+    class Panic(BaseException):
+        pass
+
+    with (
+        pytest.raises(DataError, match=r"a\.json cannot be used \(at a line\)"),
+        refusing("a.json"),
+    ):
+        raise Panic("at\na  line")
+    with pytest.raises(KeyboardInterrupt), refusing("a.json"):
+        raise KeyboardInterrupt
