@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxformer import run, sharding
 from jaxformer.config import TrainConfig, hint
-from jaxformer.data.pretrained_tokenizer import PretrainedTokenizer
+from jaxformer.data.foreign import ForeignTokenizer
 from jaxformer.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
@@ -140,7 +140,7 @@ def _generation(model: Model) -> dict[str, Any]:
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Files that other libraries read the tokenizer from; none, if it is of a kind they lack."""
-    if isinstance(tokenizer, PretrainedTokenizer):
+    if isinstance(tokenizer, ForeignTokenizer):
         return tokenizer.original_files()
     if isinstance(tokenizer, SentencePieceTokenizer):
         return {"spiece.model": tokenizer.model}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxformer import run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
-from jaxformer.data.pretrained_tokenizer import from_files, read_tokenizer
+from jaxformer.data.foreign import from_files, read_tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.model import Model, Origin

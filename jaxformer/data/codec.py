@@ -41,6 +41,10 @@ class Codec(Protocol):
         """The id of a token, if it has one."""
         ...
 
+    def token(self, i: int) -> str:
+        """The token of an id, as the vocabulary has it; empty if there is none."""
+        ...
+
 
 class BackendCodec(Codec):
     """A `tokenizers.Tokenizer`, read from the file `name`."""
@@ -83,6 +87,9 @@ class BackendCodec(Codec):
 
     def id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
+
+    def token(self, i: int) -> str:
+        return self.backend.id_to_token(i) or ""
 
 
 def clean_up(text: str) -> str:
@@ -154,24 +161,23 @@ def read_byte_level(files: Files, model_type: str) -> BackendCodec:
         backend = Tokenizer(models.BPE(vocabulary, merges))
         backend.pre_tokenizer = level
         backend.decoder = decoders.ByteLevel()
+    usual = ["<|endoftext|>"]
     if model_type in QWEN:
         backend.normalizer = normalizers.NFC()
         split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     elif model_type in ROBERTA:
-        defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
-        found = [
-            AddedToken(token, lstrip=role == "mask")
-            for role, token in defaults.items()
-            if token in vocabulary
-        ]
-        backend.add_special_tokens([rust(token) for token in found])
-        surround(backend, [role(files, "cls", "<s>")], [role(files, "sep", "</s>")])
+        usual = ["<s>", "</s>", "<unk>", "<pad>", "<mask>"]
     elif model_type not in GPT2:
         raise DataError(
             f"vocab.json and merges.txt can be read for {', '.join(GPT2 + ROBERTA + QWEN)}, but "
             f"this is a {model_type!r}, which splits text in its own way; add its tokenizer.json."
         )
+    found = [AddedToken(t, lstrip=t == "<mask>") for t in usual if t in vocabulary]
+    with refusing(name):
+        backend.add_special_tokens([rust(token) for token in found])
+        if model_type in ROBERTA:
+            surround(backend, [role(files, "cls", "<s>")], [role(files, "sep", "</s>")])
     add_tokens(backend, files, name)
     return finish(backend, files, name)
 

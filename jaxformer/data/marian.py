@@ -1,4 +1,4 @@
-"""Marian's tokenizers: a SentencePiece model for each side, and a vocabulary of their pieces."""
+"""Marian's tokenizers: a SentencePiece model for each side, and ids for pieces by their names."""
 
 import re
 from collections.abc import Sequence
@@ -37,6 +37,9 @@ class MarianCodec(Codec):
 
     def id(self, token: str) -> int | None:
         return self.ids.get(token)
+
+    def token(self, i: int) -> str:
+        return self.tokens.get(i, "")
 
     def encode(self, text: str) -> list[int]:
         tokens = []

@@ -103,8 +103,9 @@ class PieceCodec(Codec):
         self.guard = self._pieces("\n")
         with refusing(name):
             control = [i for i in range(rule.skipped, pieces) if processor.is_control(i)]
-            self.unk: int = rule.named.get("<unk>", processor.unk_id() + rule.offset)
+            unk = int(processor.unk_id()) + rule.offset
             found = {processor.id_to_piece(i): i + rule.offset for i in control}
+        self.unk = rule.named.get("<unk>", unk)
         self.ids = {t: i for t, i in found.items() if t} | rule.named
         tokens = {content: AddedToken(content) for content in self.ids}
         for i, token in special_tokens.added_tokens(files).items():
@@ -128,6 +129,12 @@ class PieceCodec(Codec):
             i = self.processor.piece_to_id(token)
             found = self.processor.id_to_piece(i) == token
         return i + self.offset if found else None
+
+    def token(self, i: int) -> str:
+        if i in self.added or not self.lowest <= i < self.end:
+            return self.added.get(i, "")
+        with refusing(self.name):
+            return self.processor.id_to_piece(i - self.offset)
 
     def _must(self, token: str) -> int:
         if (i := self.id(token)) is None:

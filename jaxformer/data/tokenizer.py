@@ -68,6 +68,12 @@ class Tokenizer(Protocol):
         """The text of the ids before the first of `stop_ids`, without special ones."""
         ...
 
+    def decode_token(self, token_id: int) -> str:
+        """How one id is written, special or not."""
+        if token_id in self.special_ids:
+            return ("<pad>", "</s>", "<unk>", "<mask>")[token_id]
+        return self.decode([token_id])
+
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by file name."""
         ...
@@ -289,12 +295,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             ):
                 return SymbolTokenizer(tuple(symbols), separator)
         case {
-            "type": "pretrained",
+            "type": "foreign",
             "config": dict(config),
             "generation": dict(generation),
             **rest,
         } if not rest:
-            from jaxformer.data.pretrained_tokenizer import read_tokenizer
+            from jaxformer.data.foreign import read_tokenizer
 
             return read_tokenizer(path.parent, config, generation)
     raise DataError(

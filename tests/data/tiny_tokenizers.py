@@ -16,16 +16,19 @@ Ein kleiner Frosch saß am Fluß und träumte von größeren Flüssen. Où est l
 plaît ? Le garçon a mangé une crème brûlée. Быть или не быть, вот в чём вопрос.
 def main(args):\n    for i in range(10):\n        print(i, args[i])\n    return 0
 we're here, I'm there, they've gone, you'll see, he'd know, it's fine.
-日本語のテキスト。 中文文本，没有空格。 안녕하세요 세계"""
+Hello world, hello! 日本語のテキスト。 中文文本，没有空格。 안녕하세요 세계"""
 AWKWARD = [
     "", " ", "  ", "\n", "\t", "a", " a", "a ", "  a  b  ", "a\nb", "a\n\nb\n", "\ta\t\tb", "\r\n",
     "Hello world", "hello   world", "HELLO WORLD", "don't you've we'LL I'm", "end of it .", "a , b",
     "1", "12", "123", "1234", "1 2 34 567 8901", "3.14", "-1e-5", "0x1F", "½ ² ①", "Ⅻ", "١٢٣",
     "é", "e\u0301", "naïve café", "ß ẞ ı İ", "ﬁ ligature", "ｆｕｌｌ　ｗｉｄｔｈ", "ǆ",
-    "Быть или", "日本語のテキスト", "中文，没有空格。", "안녕하세요", "مرحبا بالعالم", "שלום", "ไทย",
-    "🙂", "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷", "a\u200bb", "a\u00a0b", "\ufeffbom", "x\u0000y", "\u2581", "▁a ▁",
+    "Быть или", "日本語のテキスト", "中文，没有空格。", "안녕하세요", "مرحبا بالعالم", "שלום",
+    "ไทย",
+    "🙂", "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷", "a\u200bb", "a\u00a0b", "\ufeffbom",
+    "x\u0000y", "\u2581", "▁a ▁",
     "...!!!???", "<>&\"'`", "{[()]}", "__init__.py", "C:\\path\\to", "https://a.b/c?d=e&f=g#h",
-    "def main(args):\n    for i in range(10):\n        print(i)\n", "a" * 60, "ab" * 40, "𝔘𝔫𝔦", "\u0378",
+    "def main(args):\n    for i in range(10):\n        print(i)\n", "a" * 60, "ab" * 40,
+    "𝔘𝔫𝔦", "\u0378",
 ]  # fmt: skip
 """Texts that tokenizers disagree on."""
 
@@ -42,11 +45,17 @@ def sentencepiece_model(**options: Any) -> bytes:
     return model.getvalue()
 
 
+def pieces_of(model: bytes) -> list[str]:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
 FAIRSEQ = {"unk_id": 0, "bos_id": 1, "eos_id": 2}
-LLAMA = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "vocab_size_": 0,
+LLAMA = {"model_type": "bpe", "byte_fallback": True, "split_digits": True,
          "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
          "allow_whitespace_only_pieces": True}  # fmt: skip
-LLAMA.pop("vocab_size_")
 
 
 @cache
@@ -107,15 +116,16 @@ BART_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 def kinds() -> dict[str, dict[str, Any]]:
     """For each kind: its files; objects stand for JSON. config.json is among them."""
     fairseq = sentencepiece_model(**FAIRSEQ)
-    side = sentencepiece_model(unk_id=0, bos_id=-1, eos_id=1)
-    import sentencepiece
-
-    piece = sentencepiece.SentencePieceProcessor(model_proto=side).id_to_piece
-    n = sentencepiece.SentencePieceProcessor(model_proto=side).get_piece_size()
-    pieces = ["</s>", "<unk>", *(piece(i) for i in range(2, n)), ">>fr<<", ">>de<<", "<pad>"]
+    sides = [
+        sentencepiece_model(unk_id=0, bos_id=-1, eos_id=1, model_type=model_type)
+        for model_type in ("unigram", "bpe")
+    ]
+    pieces = ["</s>", "<unk>", *sorted({*pieces_of(sides[0]), *pieces_of(sides[1])})]
+    pieces = [*dict.fromkeys(pieces), ">>fr<<", ">>de<<", "<pad>"]
     mbart = {"model_type": "mbart", "eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0}
     bart = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    llama3 = {"bos_token_id": 416, "eos_token_id": [417, 425]}
+    n = len(byte_level()[0])
+    llama3 = {"bos_token_id": n, "eos_token_id": [n + 1, n + 9]}
     return {
         "t5": {
             "spiece.model": sentencepiece_model(pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
@@ -154,8 +164,8 @@ def kinds() -> dict[str, dict[str, Any]]:
             "config.json": {**bart, "model_type": "xlm-roberta"},
         },
         "marian": {
-            "source.spm": side,
-            "target.spm": sentencepiece_model(unk_id=0, bos_id=-1, eos_id=1, model_type="bpe"),
+            "source.spm": sides[0],
+            "target.spm": sides[1],
             "vocab.json": {token: i for i, token in enumerate(pieces)},
             "tokenizer_config.json": {"tokenizer_class": "MarianTokenizer"},
             "config.json": {"model_type": "marian", "decoder_start_token_id": len(pieces) - 1,

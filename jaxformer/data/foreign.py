@@ -9,26 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxformer.data import codec, marian, pieces, special_tokens, tiktoken_ranks
+from jaxformer.data import special_tokens
 from jaxformer.data.chat import render_chat
 from jaxformer.data.codec import Codec
+from jaxformer.data.codecs import NAMES, read_codecs
+from jaxformer.data.pieces import MBART_50
 from jaxformer.data.special_tokens import CONFIG, MAX_IDS, Files
 from jaxformer.data.tokenizer import SETTINGS, Tokenizer, content, read_capped, settings
 from jaxformer.errors import DataError
 
-KIND = "pretrained"
-NAMES = (
-    "tokenizer.json", CONFIG, special_tokens.SPECIALS, special_tokens.ADDED, "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt", "source.spm", "target.spm", "target_vocab.json",
-    *pieces.MODELS,
-)  # fmt: skip
-"""Files of tokenizers; besides them, any *.tiktoken."""
+KIND = "foreign"
 CONFIG_KEYS = (
     "model_type", "is_encoder_decoder", "vocab_size", "bos_token_id", "eos_token_id",
     "pad_token_id", "sep_token_id", "mask_token_id", "decoder_start_token_id",
     "forced_bos_token_id",
 )  # fmt: skip
 """What of config.json and generation_config.json says something about the tokenizer."""
+SEQ2SEQ = ("t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus")
+"""Encoder-decoders, if config.json does not say."""
 USUAL = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>"),
@@ -40,7 +38,7 @@ USUAL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainedTokenizer(Tokenizer):
+class ForeignTokenizer(Tokenizer):
     """A foreign tokenizer: two are equal if their files and settings are.
 
     Special tokens that stand in a text are read as such, as by transformers: `>>fr<<`, `[MASK]`.
@@ -95,6 +93,9 @@ class PretrainedTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self.writer.decode(content(ids, self))
 
+    def decode_token(self, token_id: int) -> str:
+        return self.writer.token(token_id)
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if self.chat_template is None:
             return super().chat(messages)
@@ -115,7 +116,7 @@ class PretrainedTokenizer(Tokenizer):
 
 def read_tokenizer(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> PretrainedTokenizer:
+) -> ForeignTokenizer:
     """The tokenizer of a Hugging Face directory.
 
     `config` and `generation` are its config.json and generation_config.json (or empty). Raises
@@ -139,7 +140,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_files(
     files: Files, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> PretrainedTokenizer:
+) -> ForeignTokenizer:
     """The tokenizer of these files; errors begin with the name of one."""
     model_type = config.get("model_type", "")
     if not isinstance(model_type, str):
@@ -147,11 +148,8 @@ def from_files(
     reader, writer = read_codecs(files, model_type)
     roles = special_tokens.role_tokens(files)
     both = (("generation_config.json", generation), ("config.json", config))
-    bound = max(
-        reader.size,
-        writer.size,
-        _id(config.get("vocab_size", 0), MAX_IDS, "config.json: vocab_size"),
-    )
+    own_size = _id(config.get("vocab_size", 0), MAX_IDS, "config.json: vocab_size")
+    bound = max(reader.size, writer.size, own_size)
 
     def stated(name: str) -> list[int]:
         """The ids that the configs give for `name`, the first that gives any."""
@@ -167,16 +165,17 @@ def from_files(
         tokens = [roles[name].content] if name in roles else USUAL.get(name, ())
         return [i for t in tokens if (i := reader.id(t)) is not None][:1]
 
-    encoder_decoder = config.get("is_encoder_decoder") is True
+    encoder_decoder = config.get("is_encoder_decoder", model_type in SEQ2SEQ) is True
     named_eos = [i for role in ("eos", "sep") if role in roles for i in own(role)]
     stops = stated("eos") or named_eos or stated("sep") or own("eos") or list(reader.after[-1:])
     if not stops:
         raise DataError(f"{CONFIG}: no file says which token ends a text; set its eos_token.")
     eos = named_eos[0] if named_eos and named_eos[0] in stops else stops[0]
     begun = [] if encoder_decoder else list(reader.before[-1:])
-    start = (stated("decoder_start") or begun or stated("bos") or own("bos") or [eos])[0]
     unk = (own("unk") or [eos])[0]
     pad = (stated("pad") or own("pad") or [eos])[0]
+    usual = own("bos") or [pad if encoder_decoder else eos]
+    start = (stated("decoder_start") or begun or stated("bos") or usual)[0]
     mask = (own("mask") or stated("mask") or [unk])[0]
     around = tuple(reader.before), tuple(reader.after)
     first, last = (tuple(writer.before), tuple(writer.after)) if encoder_decoder else ((), ())
@@ -185,7 +184,7 @@ def from_files(
         last = (eos,)
     last = last if last[-1:] == (eos,) else (*last, eos)
     special = {pad, eos, mask, start, *stops, *reader.special_ids, *writer.special_ids, unk}
-    return PretrainedTokenizer(
+    return ForeignTokenizer(
         originals=dict(files),
         config=dict(config),
         generation=dict(generation),
@@ -216,29 +215,6 @@ def _id(value: Any, bound: int, what: str) -> int:
     return value
 
 
-def read_codecs(files: Files, model_type: str) -> tuple[Codec, Codec]:
-    """What reads sources, and what reads and writes targets; the same for all but Marian."""
-    if "tokenizer.json" in files:
-        both = codec.read_backend(files)
-    elif "source.spm" in files:
-        return marian.read_marian(files)
-    elif ranked := [n for n, data in files.items() if n.endswith(".tiktoken") or (
-        n in pieces.MODELS and tiktoken_ranks.is_ranks(data))]:  # fmt: skip
-        both = tiktoken_ranks.read_tiktoken(files, ranked[0], model_type)
-    elif any(name in files for name in pieces.MODELS):
-        both = pieces.read_pieces(files, model_type)
-    elif "vocab.txt" in files:
-        both = codec.read_wordpiece(files)
-    elif "vocab.json" in files and "merges.txt" in files:
-        both = codec.read_byte_level(files, model_type)
-    else:
-        raise DataError(
-            "tokenizer.json is missing, and there is no vocab.txt, vocab.json with merges.txt, "
-            "SentencePiece model or tiktoken file either; download the tokenizer's files, too."
-        )
-    return both, both
-
-
 def _languages(
     files: Files, reader: Codec, eos: int, start: int
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], int]:
@@ -255,7 +231,7 @@ def _languages(
             raise DataError(f"{CONFIG}: {key} {name!r} is no language of this model, as ro_RO is.")
         codes.append(() if found is None else (found,))
     source, target = codes
-    if reader.id(pieces.MBART_50[-1]) is not None:
+    if reader.id(MBART_50[-1]) is not None:
         return (source, (eos,)), target, start
     return ((), (eos, *source)), (), target[0] if target else start
 
