@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tokenizers import AWKWARD, as_bytes, byte_level, kinds, ranks, wordpiece, write
+from tiny_tokenizers import (
+    AWKWARD,
+    as_bytes,
+    byte_level,
+    kinds,
+    ranks,
+    tiktoken_file,
+    wordpiece,
+    write,
+)
 
 from jaxformer.config import DataConfig
 from jaxformer.data import pipeline, tasks
@@ -67,7 +76,8 @@ def test_ids_are_of_the_vocabulary_and_text_comes_back(kind: str):
     for text in ("hello", "the cat sat on the mat"):
         assert tokenizer.decode(tokenizer.target(text)) == text
     body = tokenizer.target("the mat")[len(tokenizer.before_target) : -1]
-    assert tokenizer.decode([*body, *tokenizer.stop_ids, *body]) == "the mat"
+    for stop in tokenizer.stop_ids:
+        assert tokenizer.decode([*body, stop, *body]) == "the mat"
     assert tokenizer.decode([*tokenizer.special_ids - {*tokenizer.stop_ids}, *body]) == "the mat"
     assert tokenizer.decode([-1, 10**9, *body]) == "the mat"
 
@@ -126,6 +136,14 @@ def test_special_ids_come_from_generation_then_model_then_tokenizer():
             ids({}, {"eos_token_id": wrong})
     with pytest.raises(DataError, match=r"config\.json: vocab_size"):
         ids({"vocab_size": 10**12}, {})
+
+
+def test_what_the_tokenizer_config_says_of_a_token_comes_before_the_older_file():
+    older = {"eos_token": "a", "sep_token": {"content": "[SEP]", "lstrip": False}}
+    t = read("bert", special_tokens_map__json=older, tokenizer_config__json={"eos_token": "[CLS]"})
+    assert t.decode_token(t.eos_id) == "[CLS]"
+    t = read("bert", special_tokens_map__json=older, tokenizer_config__json={})
+    assert t.decode_token(t.eos_id) == "a"
 
 
 def test_decoding_cleans_up_where_the_config_says_so():
@@ -319,13 +337,15 @@ def test_tiktoken_ranks_merge_as_tiktoken_merges_them():
     tiktoken = pytest.importorskip("tiktoken")
     from jaxformer.data.tiktoken_ranks import LLAMA_SPLIT, QWEN_SPLIT
 
+    known = {**ranks(), b" zqxj": len(ranks())}  # no two tokens merge into it
     for kind, split, code in (("llama3", LLAMA_SPLIT, "<|eot_id|>"), ("qwen", QWEN_SPLIT, None)):
-        tokenizer = read(kind)
+        (name,) = (name for name in KINDS[kind] if not name.endswith(".json"))
+        tokenizer = read(kind, **{name: tiktoken_file(known)})
         special = {code: tokenizer.vocab_size} if code else {}
         reference = tiktoken.Encoding(
-            kind, pat_str=split, mergeable_ranks=ranks(), special_tokens=special
+            kind, pat_str=split, mergeable_ranks=known, special_tokens=special
         )
-        for text in AWKWARD:
+        for text in [*AWKWARD, "zqxj", "a zqxj zqxjz"]:
             assert tokenizer.encode(text) == reference.encode(text, disallowed_special=())
 
 
@@ -346,8 +366,8 @@ def test_minilm_from_either_of_its_vocabularies():
 
 def test_masking_leaves_what_surrounds_a_text_and_draws_only_text():
     bert = read("bert")
-    config = DataConfig(task="mlm", buckets=(32,), batch_tokens=320, mask_rate=0.5)
-    texts = ["the cat sat on the mat", "is better than", "", "the dog"] * 10
+    config = DataConfig(task="mlm", buckets=(32,), batch_tokens=3200, mask_rate=0.5)
+    texts = ["the cat sat on the mat", "is better than", "", "the dog"] * 500
     rows = tasks.tokenise(config, bert, [Example("", (t,)) for t in texts], one_per_target=True)
     cls, sep = bert.source("")
     replaced = set()

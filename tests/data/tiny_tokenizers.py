@@ -99,8 +99,8 @@ def ranks() -> dict[bytes, int]:
     return {bytes(bytes_of[letter] for letter in token): i for i, token in enumerate(tokens)}
 
 
-def tiktoken_file() -> bytes:
-    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks().items())
+def tiktoken_file(known: dict[bytes, int]) -> bytes:
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in known.items())
     return b"".join(lines)
 
 
@@ -215,12 +215,12 @@ def kinds() -> dict[str, dict[str, Any]]:
             "config.json": {"model_type": "qwen2", "bos_token_id": 0, "eos_token_id": 2},
         },
         "llama3": {
-            "tokenizer.model": tiktoken_file(),
+            "tokenizer.model": tiktoken_file(ranks()),
             "tokenizer_config.json": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
             "config.json": {"model_type": "llama", **llama3},
         },
         "qwen": {
-            "qwen.tiktoken": tiktoken_file(),
+            "qwen.tiktoken": tiktoken_file(ranks()),
             "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
             "config.json": {"model_type": "qwen"},
         },
