@@ -1,4 +1,11 @@
-"""Pronounce English words: letters to phones, learned from the CMU dictionary."""
+"""python train.py --config configs/g2p_cmudict.py
+
+Pronounce English words: letters to phones, learned from the CMU dictionary. This is what a plain
+`python train.py` trains.
+
+Reached: 37.5% of unseen words wrong, 9.9% of phones, in 8:30 minutes with the install on 2 CPU
+cores.
+"""
 
 from jaxformer import DataConfig, DecodeConfig, ModelConfig, OptimConfig, TrainConfig
 
