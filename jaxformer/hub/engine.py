@@ -163,7 +163,7 @@ def bind(
     }
     if any(problems.values()):
         raise CheckpointError(
-            f"{where} does not fit its own config.json, read as a {family.name} model "
+            f"{where} does not fit its config, read as a {family.name} model "
             f"({config.kind}, {config.n_encoder_layers} + {config.n_decoder_layers} layers):\n"
             + "\n".join(_listed(kind, names) for kind, names in problems.items() if names)
             + "\nIs the config of another model, or the download incomplete?"
