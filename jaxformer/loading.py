@@ -159,6 +159,8 @@ def _bind(
     mesh: Mesh | None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """`config` as the tensors and the mesh make it, and the parameters, each in its place."""
+    if config.vocab_size == 0:
+        raise CheckpointError(f"{where}: vocab_size is 0; it must be the rows of the embeddings.")
     if mesh is not None:
         rest = -config.vocab_size % mesh.shape["tensor"]
         config = dataclasses.replace(
