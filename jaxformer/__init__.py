@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxformer.converting import export as export
     from jaxformer.converting import save as save
     from jaxformer.loading import load as load
+    from jaxformer.loading import load_torch as load_torch
     from jaxformer.loading import load_weights as load_weights
     from jaxformer.model import Model as Model
     from jaxformer.nn.transformer import Transformer as Transformer
@@ -37,6 +38,7 @@ _HOME = {
     "export": "converting",
     "save": "converting",
     "load": "loading",
+    "load_torch": "loading",
     "load_weights": "loading",
     "Model": "model",
     "Transformer": "nn.transformer",

@@ -144,6 +144,8 @@ class ModelConfig:
     """Embedding of a text: the mean of its hidden states, or its first token's."""
     pooling_norm: bool = True
     """Scale embeddings of texts to length 1."""
+    pooling_length: int = 0
+    """Tokens of a text that its embedding is made from, if it has more. 0 means max_length."""
     source_vocab_size: int = 0
     """Size of an embedding table of the encoder's own. 0 shares the decoder's."""
     vocab_padding: int = 0
@@ -202,7 +204,7 @@ class ModelConfig:
             in_range(self, name, 1, LARGEST)
         for name in ("vocab_size", "n_kv_heads", "head_dim", "window",
                      "n_token_types", "lora_rank", "position_offset", "rotary_dim",
-                     "source_vocab_size", "vocab_padding"):  # fmt: skip
+                     "source_vocab_size", "vocab_padding", "pooling_length"):  # fmt: skip
             in_range(self, name, 0, LARGEST)
         in_range(self, "n_encoder_layers", 0, 4096)
         in_range(self, "n_decoder_layers", 0, 4096)

@@ -1,7 +1,7 @@
 """From a run directory, or a checkpoint of another library, to a model that generates."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from jaxformer.config import DataConfig, DType, ModelConfig
 from jaxformer.data.foreign import from_files, read_tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
+from jaxformer.hub.families.torch_modules import torch_family
+from jaxformer.hub.family import Family
+from jaxformer.hub.pickles import open_torch_pickle
+from jaxformer.hub.tensors import Stored
 from jaxformer.model import Model, Origin
 from jaxformer.nn import lora, transformer
 from jaxformer.training.checkpoint import restore_params
@@ -92,6 +96,28 @@ def load_weights(
     return _read_weights(_open(Path(path)), str(path), dtype, mesh, max_length)
 
 
+def load_torch(
+    path: str | Path,
+    config: ModelConfig,
+    modules: Mapping[str, str],
+    *,
+    ignored: Sequence[str] = (),
+    dtype: DType | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a `torch.nn.Transformer` in a file of `torch.save`, of which nothing
+    is executed.
+
+    Such a file holds tensors and no config, so both `config` and the names of its modules are
+    given: {"embed": "embedding", "encoder": "transformer.encoder", "decoder":
+    "transformer.decoder", "head": "generator"}; see `torch_family`. `ignored` are shell patterns
+    of tensors that hold nothing of their own, as a table of sinusoids. Raises `CheckpointError`
+    listing all that do not fit.
+    """
+    family = torch_family(modules, ignored)
+    return _bind(family, config, open_torch_pickle(Path(path)), str(path), dtype, mesh)
+
+
 def _load_folder(
     path: Path, dtype: DType | None, mesh: Mesh | None, max_length: int | None
 ) -> Model:
@@ -120,18 +146,28 @@ def _open(path: Path) -> folder.Folder:
 def _read_weights(
     found: folder.Folder, where: str, dtype: DType | None, mesh: Mesh | None, max_length: int | None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    config = found.config
-    if max_length is not None:
-        config = _longer(config, max_length)
+    config = found.config if max_length is None else _longer(found.config, max_length)
+    return _bind(found.family, config, found.tensors, where, dtype, mesh)
+
+
+def _bind(
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, Stored],
+    where: str,
+    dtype: DType | None,
+    mesh: Mesh | None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """`config` as the tensors and the mesh make it, and the parameters, each in its place."""
+    if config.vocab_size == 0:
+        raise CheckpointError(f"{where}: vocab_size is 0; it must be the rows of the embeddings.")
     if mesh is not None:
         rest = -config.vocab_size % mesh.shape["tensor"]
         config = dataclasses.replace(
             config, vocab_size=config.vocab_size + rest, vocab_padding=rest
         )
         sharding.check_fits(config, mesh)
-    leaves = engine.bind(
-        found.family, config, shapes(abstract_params(config, mesh)), found.tensors, where
-    )
+    leaves = engine.bind(family, config, shapes(abstract_params(config, mesh)), tensors, where)
     dtype = dtype or _own_dtype(leaves)
     config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
     return config, read_params(leaves, abstract_params(config, mesh))

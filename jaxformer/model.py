@@ -147,10 +147,10 @@ class Model:
 
     def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts D"]:
         """One vector for each of `texts`, pooled as the model's config says (Reimers and Gurevych
-        2019); a text over max_length is cut."""
+        2019); a text over the config's pooling_length, or max_length, is cut."""
         self._require_encoder("embed")
         out = np.zeros((len(texts), self.config.d_model), np.float32)
-        for rows, source in self._sources(texts):
+        for rows, source in self._sources(texts, self.config.pooling_length):
             found = arrays.embeddings(self.config, self.params, source)
             out[rows] = sharding.fetch(found)[: len(rows)]
         return out
@@ -207,14 +207,15 @@ class Model:
                 "load a checkpoint that was trained for it."
             )
 
-    def _source(self, text: str) -> Int[np.ndarray, "T"]:
-        """What an encoder reads, cut to max_length but for its end."""
+    def _source(self, text: str, length: int = 0) -> Int[np.ndarray, "T"]:
+        """What an encoder reads, cut to `length` (or max_length) but for its end."""
         ids = encode_source(self.data, self.tokenizer, text)
-        return np.concatenate([ids[:-1][: self.config.max_length - 1], ids[-1:]])
+        most = min(length or self.config.max_length, self.config.max_length)
+        return np.concatenate([ids[:-1][: most - 1], ids[-1:]])
 
-    def _sources(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tokens]]:
-        """Row numbers and what the encoder reads of them, batch by batch."""
-        encoded = [self._source(text) for text in texts]
+    def _sources(self, texts: Sequence[str], length: int = 0) -> Iterator[tuple[list[int], Tokens]]:
+        """Row numbers and what the encoder reads of them (see `_source`), batch by batch."""
+        encoded = [self._source(text, length) for text in texts]
         for rows, length in in_buckets(list(map(len, encoded)), self.defaults.batch_size):
             yield rows, pad([encoded[row] for row in rows], length, self.tokenizer.pad_id)
 

@@ -21,6 +21,8 @@ from jaxformer.hub.family import Family, Row, axes
 from jaxformer.hub.tensors import Stored
 
 LISTED = 20  # problems of one kind that a message lists
+ALIGNMENT = 64
+"""Of arrays that jax takes for its own on a CPU, which copies others."""
 
 
 class Part(NamedTuple):
@@ -52,7 +54,7 @@ class Leaf:
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """The part `index` of the leaf; zeros where theirs is shorter (a padded vocabulary)."""
         spans = [s.indices(n) for s, n in zip(index, self.shape, strict=True)]
-        out = np.zeros([len(range(*span)) for span in spans], dtype)
+        out = aligned_zeros([len(range(*span)) for span in spans], np.dtype(dtype))
         if not self.stacked:
             self._fill(out, self.layers[:1], spans)
             return out
@@ -66,6 +68,14 @@ class Leaf:
         for part in parts:  # none, if an optional tensor is absent
             found = part.view()[tuple(slice(*span) for span in spans)]
             out[tuple(slice(n) for n in found.shape)] = found
+
+
+def aligned_zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros that jax need not copy, so that a model is in memory once while it is read."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.zeros(size + ALIGNMENT, np.uint8)
+    begin = -room.ctypes.data % ALIGNMENT
+    return room[begin : begin + size].view(dtype).reshape(shape)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -153,7 +163,7 @@ def bind(
     }
     if any(problems.values()):
         raise CheckpointError(
-            f"{where} does not fit its own config.json, read as a {family.name} model "
+            f"{where} does not fit its config, read as a {family.name} model "
             f"({config.kind}, {config.n_encoder_layers} + {config.n_decoder_layers} layers):\n"
             + "\n".join(_listed(kind, names) for kind, names in problems.items() if names)
             + "\nIs the config of another model, or the download incomplete?"

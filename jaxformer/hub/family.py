@@ -167,7 +167,7 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
 TRAINING = ("dropout", "attention_dropout", "mlp_dropout", "lora_rank", "lora_alpha",
             "lora_targets", "initializer", "init_std", "embed_init_std", "init_residual_scaled",
             "param_dtype", "compute_dtype", "remat", "scan_layers", "pooling",
-            "pooling_norm")  # fmt: skip
+            "pooling_norm", "pooling_length")  # fmt: skip
 """Fields that say nothing about what a trained model computes of its tokens."""
 
 

@@ -19,9 +19,17 @@ from jaxformer.hub.gguf_tokenizer import gguf_tokenizer_files
 from jaxformer.hub.tensors import Stored, open_safetensors
 
 CONFIG, GENERATION, GGUF = "config.json", "generation_config.json", ".gguf"
+TOKENIZER = "tokenizer_config.json"
 MAX_JSON = 16 * 2**20
 NEW_TOKENS = 128
 """Most tokens generated where a folder sets no limit of its own."""
+POOLING: Mapping[str, Any] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    # As sentence-transformers 6 writes it:
+    "mean": "mean",
+    "cls": "first",
+}
 
 
 class Folder(NamedTuple):
@@ -92,17 +100,42 @@ def sentence_config(path: Path, config: ModelConfig) -> ModelConfig:
     if not folders[1].replace("_", "").isalnum():
         raise CheckpointError(f"{path / 'modules.json'}: {folders[1]!r} is no plain folder name.")
     where = path / folders[1] / CONFIG
-    pooling = read_json(where)
-    modes = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token"}
-    known = {key for key in pooling if key.startswith("pooling_mode_") and pooling[key]}
-    chosen = [mode for mode, key in modes.items() if known == {key}]
-    if not chosen:
+    settings = read_json(where)
+    asked = [key for key in settings if key.startswith("pooling_mode_") and settings[key]]
+    asked += [settings["pooling_mode"]] if "pooling_mode" in settings else []
+    if len(asked) != 1 or str(asked[0]) not in POOLING:
         raise CheckpointError(
-            f"{where} pools by {', '.join(sorted(known)) or 'nothing'}; known here are "
-            f"{' or '.join(modes.values())}, one of them."
+            f"{where} pools by {', '.join(map(str, asked)) or 'nothing'}; known here are "
+            f"{', '.join(POOLING)}, one of them."
         )
-    pooled = "mean" if chosen[0] == "mean" else "first"
-    return dataclasses.replace(config, pooling=pooled, pooling_norm="Normalize" in kinds)
+    return dataclasses.replace(
+        config,
+        pooling=POOLING[str(asked[0])],
+        pooling_norm="Normalize" in kinds,
+        pooling_length=_sentence_length(path, config.max_length),
+    )
+
+
+def _sentence_length(path: Path, most: int) -> int:
+    """How many tokens of a text sentence-transformers reads: of its own settings or, where they
+    are silent, the tokenizer's."""
+    lengths = []
+    for where in sorted(path.glob("sentence_*_config.json"))[:1]:
+        settings = read_json(where)
+        lengths.append((where, "max_seq_length", settings.get("max_seq_length")))
+        if settings.get("do_lower_case"):
+            raise CheckpointError(
+                f"{where}: do_lower_case is not done here; set it to false there, and give texts "
+                "in lower case."
+            )
+    if (where := path / TOKENIZER).is_file():
+        lengths.append((where, "model_max_length", read_json(where).get("model_max_length")))
+    for where, key, length in lengths:
+        if length is not None:
+            if type(length) not in (int, float) or not length >= 2:
+                raise CheckpointError(f"{where}: {key} is {length!r}, no number of tokens.")
+            return int(min(length, most))
+    return 0
 
 
 def decode_config(
