@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from jaxformer.config import ModelConfig as ModelConfig
     from jaxformer.config import OptimConfig as OptimConfig
     from jaxformer.config import TrainConfig as TrainConfig
+    from jaxformer.converting import convert as convert
     from jaxformer.converting import export as export
     from jaxformer.converting import save as save
+    from jaxformer.inspecting import read_config as read_config
+    from jaxformer.inspecting import read_decode as read_decode
     from jaxformer.loading import load as load
     from jaxformer.loading import load_torch as load_torch
     from jaxformer.loading import load_weights as load_weights
@@ -35,8 +38,11 @@ _HOME = {
     "ModelConfig": "config",
     "OptimConfig": "config",
     "TrainConfig": "config",
+    "convert": "converting",
     "export": "converting",
     "save": "converting",
+    "read_config": "inspecting",
+    "read_decode": "inspecting",
     "load": "loading",
     "load_torch": "loading",
     "load_weights": "loading",

@@ -1,8 +1,9 @@
-"""The `jaxformer` command: train, generate, evaluate, tokenizer.
+"""The `jaxformer` command: train, generate, evaluate, embed, convert, tokenizer.
 
 Heavy imports wait until a command needs them, so that `--help` answers at once.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,10 +11,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -27,13 +28,19 @@ usage: jaxformer COMMAND [OPTIONS]        (jaxformer COMMAND --help lists its op
   train      --config FILE.py [--any.field VALUE ...]   train, or resume the run in --run_dir
   generate   --run DIR [--beams 4 --json ...] < TEXT    write one line for each line of TEXT
   evaluate   --run DIR [--beams 4 ...]                  score the validation data, as JSON
+  embed      --run DIR --output FILE.npy < TEXT         write one vector for each line of TEXT
+  convert    SOURCE TARGET [--family NAME]              a downloaded model to a run, or a run back
   tokenizer  --config FILE.py --output DIR              train a tokenizer on the training data
+
+--run takes the run_dir of a training run, a Hugging Face directory, or a GGUF file.
 
 exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint or run directory, 5 numerics,
 75 stopped by SIGTERM or Ctrl-C (the same command resumes, or begins anew), 141 nobody reads on
 """
 
-AT_ONCE = 4096  # lines generated for before any is written
+AT_ONCE = 4096  # lines read before anything is written for them
+PLAIN = (tyro.conf.FlagCreatePairsOff,)
+SameOr = Literal["", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Evaluate:
     """Run directory."""
     step: int = 0
     """Checkpoint to use; 0 is the newest."""
+    dtype: SameOr = ""
+    """Type of parameters and arithmetic; without it, the run's."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
 
 
@@ -56,12 +65,51 @@ class Generate:
     """
 
     run: str
-    """Run directory."""
+    """Run directory, Hugging Face directory or GGUF file."""
     step: int = 0
-    """Checkpoint to use; 0 is the newest."""
+    """Checkpoint of a run to use; 0 is the newest."""
+    dtype: SameOr = ""
+    """Type of parameters and arithmetic; without it, what the checkpoint has."""
+    chat: bool = False
+    """Take each line as what a user says, and answer it by the checkpoint's chat template."""
     json: bool = False
     """Write JSON: the text, and all n_best hypotheses with their scores; or an error."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Write an embedding of each line, empty ones too: an array of float32, [lines, d_model].
+
+    Of a line that is too long for the model, what fits is embedded.
+    """
+
+    run: str
+    """Run directory, Hugging Face directory or GGUF file of an encoder."""
+    output: str
+    """File to write, as vectors.npy, which numpy.load reads."""
+    input: str = ""
+    """Text file to read; without one, standard input."""
+    step: int = 0
+    """Checkpoint of a run to use; 0 is the newest."""
+    dtype: SameOr = ""
+    """Type of parameters and arithmetic; without it, what the checkpoint has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Make a run directory of a Hugging Face directory or GGUF file; or of a run directory, a
+    Hugging Face directory."""
+
+    source: tyro.conf.Positional[str]
+    """What to read."""
+    target: tyro.conf.Positional[str]
+    """Folder to write, which must be empty or not there yet."""
+    family: str = ""
+    """Model type to write a run as, such as llama or t5; without it, the one that it came from, or
+    the first that has such models."""
+    dtype: SameOr = ""
+    """Type of the parameters written; without it, what they have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +173,14 @@ def generate(argv: list[str]) -> None:
     from jaxformer.loading import load
     from jaxformer.training.report import printable
 
-    model = load(options.run, options.step or None)
-    for first, lines in _chunks(sys.stdin.buffer):
-        for i, result in enumerate(model.hypotheses(lines, options.decode, first_row=first)):
+    model = load(options.run, options.step or None, dtype=options.dtype or None)
+    for first, lines in _chunks(sys.stdin.buffer, "standard input"):
+        if options.chat:
+            prompts = [model.tokenizer.chat([{"role": "user", "content": s}]) for s in lines]
+            results = model.complete(prompts, options.decode, first_row=first)
+        else:
+            results = model.hypotheses(lines, options.decode, first_row=first)
+        for i, result in enumerate(results):
             best = result.hypotheses[0].text if result.hypotheses else ""
             if options.json:
                 found = [h._asdict() for h in result.hypotheses]
@@ -145,11 +198,45 @@ def generate(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """`jaxformer evaluate`."""
     options = _with_run_defaults(Evaluate, argv)
-    from jaxformer.loading import load
     from jaxformer.training.loop import evaluate_run
 
-    model = load(options.run, options.step or None)
-    print(json.dumps(evaluate_run(Path(options.run), model, options.decode), indent=2))
+    scores = evaluate_run(
+        Path(options.run), options.decode, options.step or None, options.dtype or None
+    )
+    print(json.dumps(scores, indent=2))
+
+
+def embed(argv: list[str]) -> None:
+    """`jaxformer embed`."""
+    options = tyro.cli(Embed, args=argv, config=PLAIN)
+    from jaxformer.inspecting import read_config
+    from jaxformer.vectors import write_rows
+
+    def parts() -> Iterator[Any]:
+        from jaxformer.loading import load
+
+        model = load(options.run, options.step or None, dtype=options.dtype or None)
+        with _opened(options.input) as stream:
+            for _, lines in _chunks(stream, options.input or "standard input"):
+                yield model.embed(lines)
+
+    output, width = Path(options.output), read_config(options.run).d_model
+    if output.is_dir():
+        raise ConfigError(f"output {output} is a folder; name a file in it, as vectors.npy.")
+    rows = write_rows(output, width, parts())
+    print(f"{output}: {rows} vectors of {width}")
+
+
+def convert(argv: list[str]) -> None:
+    """`jaxformer convert`."""
+    options = tyro.cli(Convert, args=argv, config=PLAIN)
+    from jaxformer import converting
+
+    print(
+        converting.convert(
+            options.source, options.target, family=options.family, dtype=options.dtype or None
+        )
+    )
 
 
 def tokenizer(argv: list[str]) -> None:
@@ -175,18 +262,20 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "embed": embed,
+    "convert": convert,
     "tokenizer": tokenizer,
 }
 
 
 def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
     """Parse the options of a command on a run, whose own decode options are the defaults."""
-    from jaxformer import run
+    from jaxformer.inspecting import read_decode
 
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--run=") else [a])]
     decode = DecodeConfig()
     if "--run" in argv[:-1] and not {"-h", "--help"} & set(argv):
-        decode = run.read(Path(argv[argv.index("--run") + 1]))[0].decode
+        decode = read_decode(argv[argv.index("--run") + 1])
     # An option of beam search or of sampling sets aside what the run says of the other.
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
     if given & {"samples", "temperature", "top_k", "top_p", "min_p"}:
@@ -196,10 +285,20 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
             decode, samples=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, n_best=1
         )
     default = kind(run=tyro.MISSING, decode=decode)
-    return tyro.cli(kind, default=default, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(kind, default=default, args=argv, config=PLAIN)
 
 
-def _chunks(stream: Iterator[bytes]) -> Iterator[tuple[int, list[str]]]:
+def _opened(path: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+    """The lines of a file, or of standard input."""
+    if not path:
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}.") from None
+
+
+def _chunks(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, list[str]]]:
     """The number of the first line, from 0, and the lines, a few thousand at a time."""
     first, lines = 0, []
     for number, line in enumerate(stream):
@@ -207,7 +306,7 @@ def _chunks(stream: Iterator[bytes]) -> Iterator[tuple[int, list[str]]]:
             lines.append(line.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as e:
             raise DataError(
-                f"standard input, line {number + 1}: not UTF-8 ({e.reason} at byte {e.start}); "
+                f"{name}, line {number + 1}: not UTF-8 ({e.reason} at byte {e.start}); "
                 "convert it, for example with iconv."
             ) from None
         if len(lines) == AT_ONCE:

@@ -566,8 +566,8 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Updates in a row that may be skipped for a NaN or infinite loss or gradient."""
     init_from: str = ""
-    """Run directory to take the initial parameters and the tokenizer from, to fine-tune them; with
-    model.lora_rank, only adapters train."""
+    """Run directory, Hugging Face directory or GGUF file to take the initial parameters and the
+    tokenizer from, to fine-tune them; with model.lora_rank, only adapters train."""
     distributed: bool = False
     """Join the other processes of a multi-host run (jax.distributed.initialize)."""
 

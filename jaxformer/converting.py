@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxformer import run, sharding
-from jaxformer.config import TrainConfig, hint
+from jaxformer.config import DecodeConfig, DType, ModelConfig, TrainConfig, hint
 from jaxformer.data.foreign import ForeignTokenizer
 from jaxformer.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from jaxformer.errors import CheckpointError, ConfigError
@@ -23,44 +25,55 @@ from jaxformer.model import Model
 from jaxformer.training.checkpoint import Checkpoints
 
 
-def convert(source: Path, target: Path, *, family: str = "") -> str:
+def convert(
+    source: str | Path, target: str | Path, *, family: str = "", dtype: DType | None = None
+) -> str:
     """Make a run directory of another library's checkpoint, or the reverse; says which it was.
 
-    Raises `CheckpointError` or `ConfigError` if either cannot be.
+    `dtype` is that of the parameters; without it, what they have. Raises `CheckpointError` or
+    `ConfigError` if it cannot be, and then leaves nothing behind.
     """
+    source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already and not empty; choose another folder.")
-    model = load(source)
-    if run.exists(source):
-        name = export(model, target, family=family)
-        return f"{target}: a {name} model in Hugging Face's layout"
-    save(model, target)
-    return f"{target}: a run directory"
+    if family and not run.exists(source):
+        raise ConfigError(f"family {family} is for run directories, but {source} is none.")
+    with run.writing(target):  # found out before the work
+        target.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target).close()
+    try:
+        model = load(source, dtype=dtype)
+        if run.exists(source):
+            name = export(model, target, family=family)
+            return f"{target}: a {name} model in Hugging Face's layout"
+        save(model, target)
+        return f"{target}: a run directory"
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
-def save(model: Model, run_dir: Path) -> None:
+def save(model: Model, run_dir: str | Path) -> None:
     """Write a model as a run directory, which `load`, `--run` and `--init_from` take."""
+    run_dir = Path(run_dir)
     config = TrainConfig(
         model=model.config, data=model.data, decode=model.defaults, run_dir=str(run_dir)
     )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if model.origin is not None:
-            run.write_atomically(run_dir / run.ORIGIN, json.dumps(model.origin._asdict()) + "\n")
-        run.create(run_dir, config, model.tokenizer)
-    except OSError as e:
-        raise CheckpointError(f"cannot write to {run_dir}: {e.strerror}.") from None
     with Checkpoints(run_dir, keep_latest=1, keep_best=0) as checkpoints:
         checkpoints.save(0, {"params": model.params}, {}, loss=None)
+    if model.origin is not None:
+        run.write_origin(run_dir, model.origin._asdict())
+    run.create(run_dir, config, model.tokenizer)  # last: with it, the run exists
 
 
-def export(model: Model, path: Path, *, family: str = "") -> str:
+def export(model: Model, path: str | Path, *, family: str = "") -> str:
     """Write a model as a Hugging Face directory: the family that it came from, the one named, or
     the first that has such models; returns its name.
 
     What is read from one and not changed is written as it was, tensors byte for byte. Raises
     `CheckpointError` if the family has no such model, naming what it lacks.
     """
+    path = Path(path)
     chosen, theirs = _their_config(model, family)
     params: dict[str, Any] = flatten_dict(model.params, sep="/")
     fetch = lru_cache(maxsize=4)(lambda path: sharding.fetch(params[path]))  # once for all layers
@@ -70,16 +83,18 @@ def export(model: Model, path: Path, *, family: str = "") -> str:
     }
     prefixed = model.origin.prefixed if model.origin else model.config.head != "none"
     tensors = engine.export(chosen, model.config, leaves, prefixed=prefixed)
-    files = _tokenizer_files(model.tokenizer) | {folder.CONFIG: _json(theirs)}
+    files = _tokenizer_files(model.tokenizer)
     if model.config.n_decoder_layers:
         files[folder.GENERATION] = _json(_generation(model))
-    try:
+    if model.config.head == "none":
+        files |= _sentence_files(model.config)
+    with run.writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, tensors)
         for name, data in files.items():
+            (path / name).parent.mkdir(exist_ok=True)
             (path / name).write_bytes(data)
-    except OSError as e:
-        raise CheckpointError(f"cannot write to {path}: {e.strerror}.") from None
-    write_safetensors(path, tensors)
+        (path / folder.CONFIG).write_bytes(_json(theirs))  # last: with it, it is a checkpoint
     return chosen.name
 
 
@@ -97,7 +112,8 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
         before = read_config(read, origin.config, run.ORIGIN)
         same = dataclasses.replace(before, tie_embeddings=config.tie_embeddings)
         if resolved(same) == resolved(config):
-            return read, dict(origin.config) | {"dtype": config.param_dtype}
+            key = "torch_dtype" if "torch_dtype" in origin.config else "dtype"
+            return read, dict(origin.config) | {key: config.param_dtype}
     tried = [name or own] if name or own else list(FAMILIES)
     lacks = {each: differences(FAMILIES[each], config) for each in tried}
     fitting = [each for each in tried if not lacks[each]]
@@ -119,32 +135,80 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
 
 
 def _generation(model: Model) -> dict[str, Any]:
-    """Their generation_config.json: as it was, or what the run's own defaults come to."""
-    if model.origin and model.origin.generation:
-        return dict(model.origin.generation)
-    options, tokenizer = model.defaults, model.tokenizer
+    """Their generation_config.json: as it was, if the model still generates so; else from ours."""
+    options, tokenizer, origin = model.defaults, model.tokenizer, model.origin
+    if origin:
+        before = folder.decode_config(
+            model.config, origin.config, origin.generation, folder.GENERATION
+        )
+        if options == before:
+            return dict(origin.generation)
     theirs: dict[str, Any] = {
         "pad_token_id": tokenizer.pad_id,
         "eos_token_id": list(tokenizer.stop_ids),
-        "num_beams": options.beams,
-        "do_sample": options.sampling,
+        **their_generation(options),
     }
     if model.config.kind == "encoder-decoder":
         theirs["decoder_start_token_id"] = tokenizer.start_id
-    if options.max_length:
-        theirs["max_new_tokens"] = options.max_length
-    if options.beams > 1:
-        theirs["length_penalty"] = options.length_penalty
     return theirs
 
 
+def their_generation(options: DecodeConfig) -> dict[str, Any]:
+    """What they call our options of decoding; `folder.decode_config` is the way back.
+
+    Of seeds, batches, several results and Wu's length normalisation they know nothing.
+    """
+    theirs: dict[str, Any] = {"num_beams": options.beams, "do_sample": options.sampling}
+    if options.sampling:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        theirs |= {name: getattr(options, name) for name in names}
+    if options.beams > 1:
+        theirs["length_penalty"] = options.length_penalty
+    if options.max_length:
+        theirs["max_new_tokens"] = options.max_length
+    if options.min_length:
+        theirs["min_new_tokens"] = options.min_length
+    if options.suppress:
+        theirs["suppress_tokens"] = list(options.suppress)
+    if options.suppress_first:
+        theirs["begin_suppress_tokens"] = list(options.suppress_first)
+    if options.forced_first >= 0:
+        theirs["forced_bos_token_id"] = options.forced_first
+    if options.forced_last >= 0:
+        theirs["forced_eos_token_id"] = options.forced_last
+    return theirs
+
+
+def _sentence_files(config: ModelConfig) -> dict[str, bytes]:
+    """What tells sentence-transformers, and us, how the hidden states become one vector."""
+    kinds = ["Transformer", "Pooling", *["Normalize"] * config.pooling_norm]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=False))
+    ]
+    pooling = {
+        "word_embedding_dimension": config.d_model,
+        "pooling_mode_cls_token": config.pooling == "first",
+        "pooling_mode_mean_tokens": config.pooling == "mean",
+    }
+    return {"modules.json": _json(modules), f"{paths[1]}/{folder.CONFIG}": _json(pooling)}
+
+
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Files that other libraries read the tokenizer from; none, if it is of a kind they lack."""
+    """The files it was read from; or, for one of ours, those that make it the same again here, and
+    what other libraries can read of it, if anything."""
     if isinstance(tokenizer, ForeignTokenizer):
         return tokenizer.original_files()
+    files = {f"{run.TOKENIZER}/{name}": data for name, data in tokenizer.files().items()}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return {"spiece.model": tokenizer.model}
-    return {}
+        files["spiece.model"] = tokenizer.model
+    return files
 
 
 def _json(value: Any) -> bytes:

@@ -12,10 +12,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxformer import run, sharding
+from jaxformer import inspecting, run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
-from jaxformer.data.foreign import from_files, read_tokenizer
-from jaxformer.errors import CheckpointError, ConfigError
+from jaxformer.errors import ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.hub.families.torch_modules import torch_family
 from jaxformer.hub.family import Family
@@ -77,9 +76,20 @@ def _load_run(path: Path, step: int | None, dtype: DType | None, mesh: Mesh | No
     if dtype is not None:
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    origin = run.read_origin(path)
-    came_from = Origin(**origin) if origin else None
-    return Model(model, params, tokenizer, config.data, config.decode, came_from)
+    return Model(model, params, tokenizer, config.data, config.decode, read_origin(path))
+
+
+def read_origin(path: Path) -> Origin | None:
+    """What another library's checkpoint, or the one that a run was made from, says of itself."""
+    if not run.exists(path):
+        return _origin(inspecting.open_folder(path))
+    fields = run.read_origin(path)
+    return Origin(**fields) if fields else None
+
+
+def _origin(found: folder.Folder) -> Origin:
+    prefixed = engine.is_prefixed(found.family, found.tensors)
+    return Origin(found.theirs, found.generation, prefixed)
 
 
 def load_weights(
@@ -93,7 +103,18 @@ def load_weights(
 
     Arguments and errors are those of `load`.
     """
-    return _read_weights(_open(Path(path)), str(path), dtype, mesh, max_length)
+    return _read_weights(inspecting.open_folder(path), str(path), dtype, mesh, max_length)
+
+
+def load_into(config: ModelConfig, params: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The weights of a Hugging Face directory or GGUF file, with the dtypes and places of `params`,
+    which are a model's of this config.
+
+    Raises `CheckpointError`.
+    """
+    found = inspecting.open_folder(path)
+    leaves = engine.bind(found.family, config, shapes(params), found.tensors, str(path))
+    return read_params(leaves, params)
 
 
 def load_torch(
@@ -121,26 +142,11 @@ def load_torch(
 def _load_folder(
     path: Path, dtype: DType | None, mesh: Mesh | None, max_length: int | None
 ) -> Model:
-    found = _open(path)
+    found = inspecting.open_folder(path)
+    tokenizer = inspecting.folder_tokenizer(found, path)
     config, params = _read_weights(found, str(path), dtype, mesh, max_length)
-    if found.tokenizer_files:
-        tokenizer = from_files(found.tokenizer_files, found.theirs, found.generation)
-    else:
-        tokenizer = read_tokenizer(path, found.theirs, found.generation)
     data = DataConfig(task=TASKS[config.kind], buckets=(min(128, config.max_length),))
-    prefixed = engine.is_prefixed(found.family, found.tensors)
-    origin = Origin(found.theirs, found.generation, prefixed)
-    return Model(config, params, tokenizer, data, found.decode, origin)
-
-
-def _open(path: Path) -> folder.Folder:
-    if not folder.is_checkpoint(path):
-        raise CheckpointError(
-            f"{path} is no run directory (it has no {run.VERSIONS}), no Hugging Face directory (it "
-            f"has no {folder.CONFIG}) and no {folder.GGUF} file; give the run_dir of a training "
-            "run, or what was downloaded."
-        )
-    return folder.open_checkpoint(path)
+    return Model(config, params, tokenizer, data, found.decode, _origin(found))
 
 
 def _read_weights(

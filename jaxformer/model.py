@@ -1,7 +1,7 @@
 """Text in, text out: a model with its parameters and tokenizer, for every use it has."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,11 +72,19 @@ class Model:
 
         `decode` says how; without it, as the run that trained the model did.
         """
-        results = self.hypotheses(texts, decode)
-        for i, result in enumerate(results):
-            if result.error:
-                warnings.warn(f"text {i}: {result.error}", stacklevel=2)
-        return [r.hypotheses[0].text if r.hypotheses else "" for r in results]
+        return _best(self.hypotheses(texts, decode), "text")
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        decode: DecodeConfig | None = None,
+    ) -> list[str]:
+        """The best answer to each of `conversations`: messages with a "role" and "content", the
+        last of which is usually the user's.
+
+        The checkpoint's own template says how they are written. Raises `DataError` if it has none.
+        """
+        return _best(self.complete(list(map(self.tokenizer.chat, conversations)), decode), "chat")
 
     def hypotheses(
         self, texts: Sequence[str], decode: DecodeConfig | None = None, first_row: int = 0
@@ -85,25 +93,30 @@ class Model:
 
         Samples of text i draw from the key of row `first_row` + i, however rows are batched.
         """
+        return self.complete(list(map(self._prompt, texts)), decode, first_row)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decode: DecodeConfig | None = None,
+        first_row: int = 0,
+    ) -> list[Generated]:
+        """`hypotheses` for prompts that are ids already: what the encoder reads or, without one,
+        what the decoder is to continue, as `tokenizer.prompt` and `tokenizer.chat` give it."""
         decode = decode or self.defaults
         if self.config.n_decoder_layers == 0:
             raise ConfigError(
-                "an encoder-only model generates no text; use logits, or train a model with "
-                "n_decoder_layers over 0."
+                "an encoder-only model generates no text; use embed, fill or logits, or a model "
+                "with n_decoder_layers over 0."
             )
-        encoded = [self._prompt(text) for text in texts]
-        results = [Generated((), self._too_long(ids)) for ids in encoded]
+        results = [Generated((), self._too_long(ids)) for ids in prompts]
         fits = [i for i, result in enumerate(results) if not result.error]
-        for rows, length in in_buckets([len(encoded[i]) for i in fits], decode.batch_size):
+        for rows, length in in_buckets([len(prompts[i]) for i in fits], decode.batch_size):
             ids = [fits[row] for row in rows]
-            prompt = pad([encoded[i] for i in ids], length, self.tokenizer.pad_id)
+            prompt = pad([prompts[i] for i in ids], length, self.tokenizer.pad_id)
+            row_ids = [first_row + i for i in ids]
             decoded = decode_batch(
-                self.config,
-                self.params,
-                self.tokenizer,
-                prompt,
-                [first_row + i for i in ids],
-                decode,
+                self.config, self.params, self.tokenizer, prompt, row_ids, decode
             )
             for row, i in enumerate(ids):
                 results[i] = Generated(
@@ -122,7 +135,8 @@ class Model:
             raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
         pairs = []
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            prompt, ids = self._prompt(source), encode_target(self.data, self.tokenizer, target)
+            prompt = np.array(self._prompt(source), np.int32)
+            ids = encode_target(self.data, self.tokenizer, target)
             longest = max(len(prompt), len(ids))
             if self.config.kind == "decoder-only":
                 longest = len(prompt) + len(ids) - 1
@@ -146,53 +160,66 @@ class Model:
         return arrays.logits(self.config, self.params, batch)
 
     def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts D"]:
-        """One vector for each of `texts`, pooled as the model's config says (Reimers and Gurevych
-        2019); a text over the config's pooling_length, or max_length, is cut."""
+        """One vector for each of `texts`, in float32, pooled as the model's config says (Reimers
+        and Gurevych 2019); of a text over pooling_length, or max_length, for what fits."""
         self._require_encoder("embed")
         out = np.zeros((len(texts), self.config.d_model), np.float32)
-        for rows, source in self._sources(texts, self.config.pooling_length):
+        encoded = [self._source(text, self.config.pooling_length) for text in texts]
+        for rows, source in self._batches(encoded):
             found = arrays.embeddings(self.config, self.params, source)
             out[rows] = sharding.fetch(found)[: len(rows)]
         return out
 
     def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """The probability of each label for each of `texts`, the likeliest first."""
+        """The probability of each label for each of `texts`, the likeliest first; of a text over
+        max_length, what fits is read."""
         self._require_head("sequence", "classify")
-        found = self._probabilities(texts)
-        ranked = [np.argsort(-row, kind="stable") for row in found]
         labels = self.config.labels
         return [
-            {labels[i]: float(row[i]) for i in order}
-            for row, order in zip(found, ranked, strict=True)
+            {labels[i]: float(row[i]) for i in np.argsort(-row, kind="stable")}
+            for row in self._probabilities(list(map(self._source, texts)))
         ]
 
     def tag(self, texts: Sequence[str]) -> list[list[Tag]]:
-        """The likeliest label of each token of each of `texts`, special ones left out."""
+        """The likeliest label of each token of each of `texts`, special ones left out; of a text
+        over max_length, of the tokens that fit."""
         self._require_head("each", "tag")
-        special, decode = self.tokenizer.special_ids, self.tokenizer.decode
-        labels = self.config.labels
+        special, labels = self.tokenizer.special_ids, self.config.labels
+        encoded = list(map(self._source, texts))
         return [
             [
-                Tag(decode([i]), labels[row.argmax()], float(row.max()))
-                for i, row in zip(ids.tolist(), rows, strict=False)
+                Tag(self.tokenizer.decode([i]), labels[row.argmax()], float(row.max()))
+                for i, row in zip(ids.tolist(), rows, strict=True)
                 if i not in special
             ]
-            for ids, rows in zip(map(self._source, texts), self._probabilities(texts), strict=True)
+            for ids, rows in zip(encoded, self._probabilities(encoded), strict=True)
         ]
 
     def fill(self, texts: Sequence[str]) -> list[str]:
-        """`texts` with the likeliest token at every mask (Devlin et al. 2019)."""
+        """`texts` with the likeliest token at every mask (Devlin et al. 2019), which is written as
+        the tokenizer has it: [MASK] for BERT, <mask> for RoBERTa and models trained here.
+
+        Raises `ConfigError` if a text has no mask, or is over max_length.
+        """
         self._require_head("tokens", "fill")
-        mask, filled = self.tokenizer.mask_id, []
-        for i, text in enumerate(texts):
-            if mask not in self._source(text):
+        mask, most = self.tokenizer.mask_id, self.config.max_length
+        encoded = [np.array(self.tokenizer.masked(text), np.int32) for text in texts]
+        for i, ids in enumerate(encoded):
+            if mask not in ids:
                 raise ConfigError(
-                    f"text {i} has no mask; write the tokenizer's mask token, as [MASK], where "
-                    "one is to be filled in."
+                    f"text {i} has no mask; write one, as [MASK] or <mask>, where a token is to be "
+                    "filled in."
                 )
-        for ids, rows in zip(map(self._source, texts), self._probabilities(texts), strict=True):
-            best = rows[: len(ids)].argmax(-1)
-            filled.append(self.tokenizer.decode(np.where(ids == mask, best, ids)))
+            if len(ids) > most:
+                raise ConfigError(
+                    f"text {i} has {len(ids)} tokens, over the model's max_length {most}; "
+                    "shorten or split it."
+                )
+        meaningless = [i for i in self.tokenizer.special_ids if i < self.config.vocab_size]
+        filled = []
+        for ids, rows in zip(encoded, self._probabilities(encoded), strict=True):
+            rows[:, meaningless] = -1
+            filled.append(self.tokenizer.decode(np.where(ids == mask, rows.argmax(-1), ids)))
         return filled
 
     def _require_encoder(self, use: str) -> None:
@@ -213,28 +240,34 @@ class Model:
         most = min(length or self.config.max_length, self.config.max_length)
         return np.concatenate([ids[:-1][: most - 1], ids[-1:]])
 
-    def _sources(self, texts: Sequence[str], length: int = 0) -> Iterator[tuple[list[int], Tokens]]:
-        """Row numbers and what the encoder reads of them (see `_source`), batch by batch."""
-        encoded = [self._source(text, length) for text in texts]
+    def _batches(
+        self, encoded: Sequence[Int[np.ndarray, "T"]]
+    ) -> Iterator[tuple[list[int], Tokens]]:
+        """Row numbers and what the encoder reads of them, batch by batch."""
         for rows, length in in_buckets(list(map(len, encoded)), self.defaults.batch_size):
             yield rows, pad([encoded[row] for row in rows], length, self.tokenizer.pad_id)
 
-    def _probabilities(self, texts: Sequence[str]) -> list[Float[np.ndarray, "*T V"]]:
-        """Softmax of what the head makes of each text, padded rows and all."""
-        out: list[Any] = [None] * len(texts)
-        for rows, source in self._sources(texts):
-            found = arrays.logits(self.config, self.params, arrays.source_batch(source))
-            for row, each in zip(rows, sharding.fetch(jax.nn.softmax(found)), strict=False):
-                out[row] = each
+    def _probabilities(
+        self, encoded: Sequence[Int[np.ndarray, "T"]]
+    ) -> list[Float[np.ndarray, "*T V"]]:
+        """Softmax of what the head makes of each text: a row for it, or one for each token."""
+        out: list[Any] = [None] * len(encoded)
+        for rows, source in self._batches(encoded):
+            found = sharding.fetch(
+                jax.nn.softmax(arrays.logits(self.config, self.params, arrays.source_batch(source)))
+            )
+            for row, each in zip(rows, found, strict=False):
+                whole = self.config.head == "sequence"
+                out[row] = each if whole else each[: len(encoded[row])]
         return out
 
-    def _prompt(self, text: str) -> Int[np.ndarray, "T"]:
+    def _prompt(self, text: str) -> list[int]:
         """What the encoder reads; or, without one, what the decoder is to continue."""
         if self.config.n_encoder_layers:
-            return encode_source(self.data, self.tokenizer, text)
-        return np.array(self.tokenizer.prompt(text), np.int32)
+            return encode_source(self.data, self.tokenizer, text).tolist()
+        return self.tokenizer.prompt(text)
 
-    def _too_long(self, ids: Int[np.ndarray, "T"]) -> str:
+    def _too_long(self, ids: Sequence[int]) -> str:
         """What is wrong with the length of a prompt, if anything: one token at least must fit."""
         most = self.config.max_length - (0 if self.config.n_encoder_layers else 1)
         if len(ids) <= most:
@@ -253,3 +286,11 @@ class Model:
             tuple(ids),
             Finish(int(decoded.finish[row, n])).name.lower(),
         )
+
+
+def _best(results: Sequence[Generated], of: str) -> list[str]:
+    """The text of the best hypothesis of each; empty, with a warning, where there is none."""
+    for i, result in enumerate(results):
+        if result.error:
+            warnings.warn(f"{of} {i}: {result.error}", stacklevel=3)
+    return [r.hypotheses[0].text if r.hypotheses else "" for r in results]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxformer.config import TrainConfig, from_json, to_json
 from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,12 +38,22 @@ def writing(directory: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one, whole."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when it is whole and on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name, too
@@ -92,14 +102,25 @@ def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
     return config, tokenizer
 
 
+def write_origin(run_dir: Path, origin: dict[str, Any]) -> None:
+    """Keep what the checkpoint that a run is made from says of itself."""
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / ORIGIN, json.dumps(origin) + "\n")
+
+
 def read_origin(run_dir: Path) -> dict[str, Any] | None:
     """What the checkpoint that a run was made from said of itself; None if there was none."""
     if not (run_dir / ORIGIN).is_file():
         return None
     try:
-        return dict(json.loads(_read(run_dir / ORIGIN)))
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{run_dir / ORIGIN} is damaged; convert the model again.") from None
+        match json.loads(_read(run_dir / ORIGIN)):
+            case {"config": dict(), "generation": dict(), "prefixed": bool(), **rest} as origin:
+                if not rest:
+                    return origin
+    except (ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{run_dir / ORIGIN} is damaged; convert the model again.")
 
 
 def check_resumable(run_dir: Path, old: TrainConfig, new: TrainConfig) -> None:

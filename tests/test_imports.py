@@ -20,7 +20,7 @@ FLOORS = (
     {"converting"},
     {"training", "loading"},
     {"model"},
-    {"generate", "arrays"},
+    {"generate", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
     {"types", "errors"},
@@ -100,7 +100,8 @@ def test_importing_is_cheap_and_touches_no_device():
         "jaxformer.TrainConfig, jaxformer.PRESETS, jaxformer.Batch, dir(jaxformer)\n"
         "print('jax' in sys.modules)\n"
         "import jaxformer.run, jaxformer.data.pipeline, jaxformer.data.sources\n"
-        "import jaxformer.hub.tensors, jaxformer.hub.pickles\n"
+        "import jaxformer.hub.tensors, jaxformer.hub.pickles, jaxformer.vectors\n"
+        "jaxformer.read_config, jaxformer.read_decode\n"
         "print('jax' in sys.modules)\n"
         "jaxformer.fit, jaxformer.load\n"
         "from jax._src import xla_bridge\n"
@@ -124,5 +125,5 @@ def test_help_answers_at_once():
     begin = time.monotonic()
     out = python("import sys; from jaxformer.cli import main; sys.exit(main(['--help']))")
     assert time.monotonic() - begin < 2
-    for command in ("train", "generate", "evaluate", "tokenizer"):
+    for command in ("train", "generate", "evaluate", "embed", "convert", "tokenizer"):
         assert f"\n  {command} " in out

@@ -84,6 +84,9 @@ class ForeignTokenizer(Tokenizer):
     def source(self, text: str) -> list[int]:
         return [*self.before, *self.reader.encode(text), *self.after]
 
+    def masked(self, text: str) -> list[int]:
+        return self.source(text)
+
     def target(self, text: str) -> list[int]:
         return [*self.before_target, *self.writer.encode(text), *self.after_target]
 

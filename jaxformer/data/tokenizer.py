@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from jaxformer.config import DataConfig
 from jaxformer.errors import DataError
 
+MASK = "<mask>"
+"""What stands for a mask in a text that is to be filled in."""
 N_SPECIAL = 4
 """Ids below this are special: padding, end, unknown and mask."""
 MAX_BYTES = 64 * 2**20
@@ -45,6 +48,11 @@ class Tokenizer(Protocol):
     def source(self, text: str) -> list[int]:
         """What an encoder reads for `text`."""
         return [*self.encode(text), self.eos_id]
+
+    def masked(self, text: str) -> list[int]:
+        """What an encoder reads for `text`, some of whose tokens are masks, written as such."""
+        first, *others = map(self.encode, text.split(MASK))
+        return [*first, *(i for part in others for i in (self.mask_id, *part)), self.eos_id]
 
     def target(self, text: str) -> list[int]:
         """What a decoder learns to write for `text`, after `start_id`."""
@@ -195,6 +203,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def masked(self, text: str) -> list[int]:
+        """A mask takes the spaces around it: a piece that begins a word has one in it."""
+        return super().masked(re.sub(f" ?{MASK} ?", MASK, text))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(content(ids, self))

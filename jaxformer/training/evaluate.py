@@ -69,10 +69,10 @@ def samples(model: Model, examples: Sequence[Example], predictions: Sequence[str
 
 def _filled(model: Model, text: str) -> Sample:
     """`text` with every fifth token hidden, and what the model puts in the gaps."""
-    encode, decode = model.tokenizer.encode, model.tokenizer.decode
+    source, decode = model.tokenizer.source, model.tokenizer.decode
     length = min(model.data.buckets[0], model.config.max_length)
     ids = np.zeros((1, length), np.int32)
-    known = encode(text)[: length - 1] + [model.tokenizer.eos_id]
+    known = source(text)[:-1][: length - 1] + [model.tokenizer.eos_id]
     ids[0, : len(known)] = known
     seg = (np.arange(length) < len(known)).astype(np.int32)[None]
     gaps = np.zeros_like(seg)

@@ -32,6 +32,12 @@ def steps(directory: Path) -> list[int]:
     return [step for step in begun(directory) if (directory / str(step) / NAME).exists()]
 
 
+def is_only_parameters(directory: Path) -> bool:
+    """Whether the checkpoint under `directory` is of a model that was saved, not trained: training
+    saves none of step 0."""
+    return steps(directory) == [0]
+
+
 def write(path: Path, manifest: dict[str, Any]) -> None:
     """Add the files' digests and write the manifest, which makes `path` a checkpoint."""
     _write(path, manifest | {"files": _digests(path)})
