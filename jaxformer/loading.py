@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxformer import inspecting, run, sharding
 from jaxformer.config import DataConfig, DType, ModelConfig
-from jaxformer.errors import ConfigError
+from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.hub.families.torch_modules import torch_family
 from jaxformer.hub.family import Family
