@@ -132,12 +132,13 @@ def read_tokenizer(
     used = [name for name in names if name in NAMES or name.endswith(".tiktoken")]
     files = {name: read_capped(folder / name) for name in used}
     try:
-        return from_files(files, *map(_relevant, (config, generation)))
+        return from_files(files, config, generation)
     except DataError as e:
         raise DataError(f"{folder}/{e}") from None
 
 
 def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the tokenizer, always in one order: it is hashed."""
     return {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
 
 
@@ -145,6 +146,7 @@ def from_files(
     files: Files, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> ForeignTokenizer:
     """The tokenizer of these files; errors begin with the name of one."""
+    config, generation = _relevant(config), _relevant(generation)
     model_type = config.get("model_type", "")
     if not isinstance(model_type, str):
         raise DataError(f"config.json: model_type is {model_type!r}, no name.")

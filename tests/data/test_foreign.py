@@ -61,6 +61,8 @@ def test_saved_and_read_again_it_is_equal(kind: str, tmp_path: Path):
         assert same.hash == first.hash
         assert same.source("Hello world") == first.source("Hello world")
     assert first.original_files() == files_of(kind)
+    more = {"hidden_size": 8, **dict(reversed(made["config.json"].items()))}
+    assert from_files(files_of(kind), more, {}).hash == first.hash  # what a config says, not how
     changed = read(kind, special_tokens_map__json={})
     assert changed != first and changed.hash != first.hash
 
