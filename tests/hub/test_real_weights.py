@@ -48,8 +48,9 @@ WRITTEN = [
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
     "E = mc^2", "x\ty\nz", "    leading and trailing spaces    ", "UPPER CASE AND lower case",
     "Die Hauptstadt von Österreich ist Wien.", "Où est la bibliothèque ?", "¿Dónde está el baño?",
-    "Привет, как дела?", "東京は日本の首都です。", "한국어 문장입니다.", "مرحبا بالعالم", "नमस्ते दुनिया",
-    "emoji 🙂🙃👩‍👩‍👧‍👦", "https://example.org/a/b?c=d#e", "def f(x): return x ** 2", "[MASK] [SEP] [CLS]",
+    "Привет, как дела?", "東京は日本の首都です。", "한국어 문장입니다.", "مرحبا بالعالم",
+    "नमस्ते दुनिया", "emoji 🙂🙃👩‍👩‍👧‍👦", "https://example.org/a/b?c=d#e", "def f(x): return x ** 2",
+    "[MASK] [SEP] [CLS]",
     "antidisestablishmentarianism", "qwrtpsdfghjkl zxcvbnm", "12345 67890 3.14159 -1e-9", "a" * 150,
 ]  # fmt: skip
 
