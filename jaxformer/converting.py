@@ -112,8 +112,8 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
         before = read_config(read, origin.config, run.ORIGIN)
         same = dataclasses.replace(before, tie_embeddings=config.tie_embeddings)
         if resolved(same) == resolved(config):
-            key = "torch_dtype" if "torch_dtype" in origin.config else "dtype"
-            return read, dict(origin.config) | {key: config.param_dtype}
+            names = {"dtype", "torch_dtype"} & origin.config.keys() or {"dtype"}
+            return read, dict(origin.config) | dict.fromkeys(names, config.param_dtype)
     tried = [name or own] if name or own else list(FAMILIES)
     lacks = {each: differences(FAMILIES[each], config) for each in tried}
     fitting = [each for each in tried if not lacks[each]]

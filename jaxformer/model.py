@@ -215,11 +215,12 @@ class Model:
                     f"text {i} has {len(ids)} tokens, over the model's max_length {most}; "
                     "shorten or split it."
                 )
-        meaningless = [i for i in self.tokenizer.special_ids if i < self.config.vocab_size]
+        there, special = self.tokenizer.vocab_size, self.tokenizer.special_ids
+        text = [i < there and i not in special for i in range(self.config.vocab_size)]
         filled = []
         for ids, rows in zip(encoded, self._probabilities(encoded), strict=True):
-            rows[:, meaningless] = -1
-            filled.append(self.tokenizer.decode(np.where(ids == mask, rows.argmax(-1), ids)))
+            best = (rows * text).argmax(-1)
+            filled.append(self.tokenizer.decode(np.where(ids == mask, best, ids)))
         return filled
 
     def _require_encoder(self, use: str) -> None:

@@ -180,7 +180,7 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     return [
         f"{name} is {value!r}, not {again[name]!r}"
         for name, value in resolved(config).items()
-        if value != again[name]
+        if name in again and value != again[name]  # else the kind of position differs
     ]
 
 

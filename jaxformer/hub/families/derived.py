@@ -78,7 +78,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     n, cycle = config.n_decoder_layers, config.window
     each = [cycle[i % len(cycle)] for i in range(n)]
     return {
-        "sliding_window": max(each) or None,
+        "sliding_window": max(each, default=0) or None,
         "layer_types": [SLIDING if window else FULL for window in each],
     }
 
