@@ -1,5 +1,6 @@
 """From a model to a run directory, or to a directory that other libraries read."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jaxformer import run, sharding
 from jaxformer.config import DecodeConfig, DType, ModelConfig, TrainConfig, hint
 from jaxformer.data.foreign import ForeignTokenizer
-from jaxformer.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from jaxformer.data.tokenizer_json import tokenizer_json
 from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.hub import engine, folder
 from jaxformer.hub.families import FAMILIES
@@ -83,9 +84,13 @@ def export(model: Model, path: str | Path, *, family: str = "") -> str:
     }
     prefixed = model.origin.prefixed if model.origin else model.config.head != "none"
     tensors = engine.export(chosen, model.config, leaves, prefixed=prefixed)
-    files = _tokenizer_files(model.tokenizer)
-    if model.config.n_decoder_layers:
-        files[folder.GENERATION] = _json(_generation(model))
+    if isinstance(model.tokenizer, ForeignTokenizer):
+        files = model.tokenizer.original_files()
+    else:
+        encoder = model.config.n_encoder_layers > 0
+        files = tokenizer_json(model.tokenizer, encoder=encoder)
+    if model.config.n_decoder_layers and (generation := _generation(model)):
+        files[folder.GENERATION] = _json(generation)
     if model.config.head == "none":
         files |= _sentence_files(model.config)
     with run.writing(path):
@@ -115,10 +120,15 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
             names = {"dtype", "torch_dtype"} & origin.config.keys() or {"dtype"}
             return read, dict(origin.config) | dict.fromkeys(names, config.param_dtype)
     tried = [name or own] if name or own else list(FAMILIES)
-    lacks = {each: differences(FAMILIES[each], config) for each in tried}
-    fitting = [each for each in tried if not lacks[each]]
+    lacks: dict[str, list[str]] = {}
+    for each in tried:
+        with contextlib.suppress(CheckpointError):
+            lacks[each] = differences(FAMILIES[each], config)
+    if not lacks:
+        raise CheckpointError(f"there are no {config.kind} models of family {tried[0]}.")
+    fitting = [each for each in lacks if not lacks[each]]
     if not fitting:
-        nearest = min(tried, key=lambda each: len(lacks[each]))
+        nearest = min(lacks, key=lambda each: len(lacks[each]))
         raise CheckpointError(
             f"no such model in Hugging Face's layout; nearest is {FAMILIES[nearest].name}, but\n  "
             + "\n  ".join(lacks[nearest])
@@ -127,7 +137,9 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
     ids = {
         "pad_token_id": tokenizer.pad_id,
         "eos_token_id": tokenizer.eos_id,
-        "decoder_start_token_id": tokenizer.start_id,
+        ("bos_token_id" if config.kind == "decoder-only" else "decoder_start_token_id"): (
+            tokenizer.start_id
+        ),
         "is_encoder_decoder": config.kind == "encoder-decoder",
         "dtype": config.param_dtype,
     }
@@ -198,17 +210,6 @@ def _sentence_files(config: ModelConfig) -> dict[str, bytes]:
         "pooling_mode_mean_tokens": config.pooling == "mean",
     }
     return {"modules.json": _json(modules), f"{paths[1]}/{folder.CONFIG}": _json(pooling)}
-
-
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files it was read from; or, for one of ours, those that make it the same again here, and
-    what other libraries can read of it, if anything."""
-    if isinstance(tokenizer, ForeignTokenizer):
-        return tokenizer.original_files()
-    files = {f"{run.TOKENIZER}/{name}": data for name, data in tokenizer.files().items()}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        files["spiece.model"] = tokenizer.model
-    return files
 
 
 def _json(value: Any) -> bytes:

@@ -7,7 +7,7 @@ from jaxformer import run
 from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.data.foreign import from_files
 from jaxformer.data.foreign import read_tokenizer as read_foreign
-from jaxformer.data.tokenizer import SETTINGS, Tokenizer, load_tokenizer
+from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import CheckpointError
 from jaxformer.hub import folder
 
@@ -52,9 +52,7 @@ def open_folder(path: str | Path) -> folder.Folder:
 
 
 def folder_tokenizer(found: folder.Folder, path: Path) -> Tokenizer:
-    """The tokenizer of such a checkpoint, or the one of ours that `export` put beside it."""
+    """The tokenizer of such a checkpoint."""
     if found.tokenizer_files:
         return from_files(found.tokenizer_files, found.theirs, found.generation)
-    if (path / run.TOKENIZER / SETTINGS).is_file():
-        return load_tokenizer(path / run.TOKENIZER)
     return read_foreign(path, found.theirs, found.generation)

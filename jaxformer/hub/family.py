@@ -172,11 +172,11 @@ TRAINING = ("dropout", "attention_dropout", "mlp_dropout", "lora_rank", "lora_al
 
 
 def differences(family: Family, config: ModelConfig) -> list[str]:
-    """In which fields a model of ours is not what the family's own config says of it."""
-    try:
-        again = resolved(read_config(family, write_config(family, config), "its config"))
-    except CheckpointError as e:
-        return [str(e)]
+    """In which fields a model of ours is not what the family's own config says of it.
+
+    Raises `CheckpointError` if the family has no such kind of model at all.
+    """
+    again = resolved(read_config(family, write_config(family, config), "its config"))
     return [
         f"{name} is {value!r}, not {again[name]!r}"
         for name, value in resolved(config).items()

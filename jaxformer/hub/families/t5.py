@@ -45,6 +45,7 @@ def _settings(theirs: Mapping[str, Any]) -> dict[str, Any]:
     # Whether the head is tied came to mean whether it is scaled; newer configs have a word for it.
     scaled = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings") is not False)
     return {
+        "head_dim": theirs.get("d_kv", 64),
         "activation": act,
         "gated": gate == "gated",
         "n_decoder_layers": theirs.get("num_decoder_layers") or theirs["num_layers"],
@@ -57,6 +58,7 @@ def _write_settings(config: ModelConfig) -> dict[str, Any]:
         config.activation, config.activation
     )
     return {
+        "d_kv": config.dim_per_head,
         "feed_forward_proj": f"gated-{act}" if config.gated else act,
         "num_decoder_layers": config.n_decoder_layers,
         "scale_decoder_outputs": config.logit_scale != 1.0,
@@ -70,7 +72,6 @@ T5 = Family(
     fields=(
         Field("vocab_size", "vocab_size"),
         Field("d_model", "d_model"),
-        Field("head_dim", "d_kv"),
         Field("d_ff", "d_ff"),
         Field("n_encoder_layers", "num_layers"),
         Field("n_heads", "num_heads"),
