@@ -10,9 +10,12 @@ learns from two files, line by line; a decoder or an encoder from one, each line
 """
 
 import os
+from typing import Any
 
 from jaxformer import DataConfig, OptimConfig, TrainConfig, read_config, read_decode
 from jaxformer.errors import ConfigError
+
+TASKS: dict[str, Any] = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
 
 
 def get_config() -> TrainConfig:
@@ -21,7 +24,6 @@ def get_config() -> TrainConfig:
     if not base:
         raise ConfigError("BASE names no model; begin the command with BASE=path/to/model.")
     model = read_config(base)
-    tasks = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
     longest = min(128, model.max_length)
     return TrainConfig(
         run_dir="runs/finetune",
@@ -32,7 +34,7 @@ def get_config() -> TrainConfig:
         model=model,
         data=DataConfig(
             source="parallel" if model.kind == "encoder-decoder" else "text",
-            task=tasks[model.kind],
+            task=TASKS[model.kind],
             lines=True,
             buckets=(longest // 4, longest // 2, longest),
             batch_tokens=16 * longest,

@@ -209,7 +209,11 @@ def _sentence_files(config: ModelConfig) -> dict[str, bytes]:
         "pooling_mode_cls_token": config.pooling == "first",
         "pooling_mode_mean_tokens": config.pooling == "mean",
     }
-    return {"modules.json": _json(modules), f"{paths[1]}/{folder.CONFIG}": _json(pooling)}
+    files = {"modules.json": _json(modules), f"{paths[1]}/{folder.CONFIG}": _json(pooling)}
+    if config.pooling_length:
+        settings = {"max_seq_length": config.pooling_length, "do_lower_case": False}
+        files["sentence_bert_config.json"] = _json(settings)
+    return files
 
 
 def _json(value: Any) -> bytes:

@@ -14,10 +14,13 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import foreign
+import numpy as np
 import pytest
 import tiny
 
 import jaxformer
+from jaxformer import converting, loading, run
 from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
 from jaxformer.data import sources
@@ -259,6 +262,196 @@ def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
         _, out, _ = command("generate", f"--run={tmp_path}/run", "--json", *options, given=b"abc")
         (hypothesis,) = json.loads(out)["hypotheses"]
         assert (hypothesis["finish"], len(hypothesis["ids"])) == ("limit", most)
+
+
+# Checkpoints from elsewhere.
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hugging Face directories of all kinds, not to be changed."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for kind in foreign.CONFIGS:
+        foreign.directory(kind, folder / kind)
+    return folder
+
+
+def test_a_directory_from_elsewhere_generates(command: Any, elsewhere: Path):
+    for kind in ("t5", "llama"):
+        where = ("--run", str(elsewhere / kind))
+        model = jaxformer.load(elsewhere / kind)
+        assert model.defaults.max_length == 6  # which its generation_config.json says
+        for options, decode in (
+            ((), model.defaults),
+            (("--max_length", "3"), dataclasses.replace(model.defaults, max_length=3)),
+        ):
+            code, out, errors = command("generate", *where, "--json", *options, given=b"abc\n\nd")
+            assert (code, errors) == (0, "")
+            found = [json.loads(line)["hypotheses"][0]["ids"] for line in out.splitlines()]
+            wanted = model.hypotheses(["abc", "", "d"], decode)
+            assert found == [list(r.hypotheses[0].ids) for r in wanted]
+    code, _, errors = command("generate", *where, "--step", "3", given=b"a")
+    assert code == 2 and "is no training run, so it has no step 3" in errors
+
+
+def test_lines_are_chats(command: Any, elsewhere: Path):
+    where, lines = ("--run", str(elsewhere / "llama")), ["abc", "", "e d"]
+    talks = [[{"role": "user", "content": line}] for line in lines]
+    given = "\n".join(lines).encode()
+    code, out, errors = command("generate", *where, "--chat", given=given)
+    assert (code, errors) == (0, "")
+    assert out.splitlines() == jaxformer.load(elsewhere / "llama").chat(talks)
+    plain = command("generate", *where, "--json", given=given)[1]
+    assert command("generate", *where, "--chat", "--json", given=given)[1] != plain
+    code, _, errors = command("generate", "--run", str(elsewhere / "t5"), "--chat", given=given)
+    assert code == 3 and "has no chat template" in errors
+
+
+def test_the_dtype_asked_for(command: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, really = [], loading.load
+
+    def load(*arguments: Any, **options: Any) -> Model:
+        asked.append(really(*arguments, **options).config.compute_dtype)
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loop, "load", load)
+    assert (
+        command("generate", "--run", str(elsewhere / "t5"), "--dtype", "bfloat16", given=b"a")[0]
+        == 0
+    )
+    assert command("evaluate", *RUN, "--dtype", "float16")[0] == 0
+    assert command("generate", *RUN, given=b"a")[0] == 0
+    assert asked == ["bfloat16", "float16", "float32"]
+    for name, *rest in (("generate", *RUN), ("evaluate", *RUN), ("convert", "a", "b")):
+        code, _, errors = command(name, *rest, "--dtype", "float8")
+        assert code == 2 and "float8" in errors
+
+
+def test_there_is_nothing_to_evaluate_on(
+    command: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    converting.convert(elsewhere / "llama", tmp_path / "run")
+    monkeypatch.setattr(loop, "load", lambda *_, **__: pytest.fail("loaded"))
+    for where in (elsewhere / "llama", elsewhere / "bare", tmp_path / "run"):
+        code, out, errors = command("evaluate", "--run", str(where))
+        assert (code, out) == (2, "")
+        assert f"{where} was not trained here, so it has no validation data" in errors
+
+
+LINES = ["ab", "", "bead cab", "  e ", "", "d"]
+
+
+@pytest.mark.parametrize("chunk", [4096, 2])
+def test_embed_writes_a_row_for_each_line(
+    command: Any, elsewhere: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxformer.cli.AT_ONCE", chunk)
+    wanted = jaxformer.load(elsewhere / "bare").embed(LINES)
+    assert len(np.unique(wanted.round(5), axis=0)) == len(LINES) - 1
+    given, output = "\n".join(LINES).encode() + b"\n", tmp_path / "vectors.npy"
+    (tmp_path / "texts").write_bytes(given)
+    for options, text in (((), given), (("--input", str(tmp_path / "texts")), b"")):
+        code, out, errors = command(
+            "embed", "--run", str(elsewhere / "bare"), "--output", str(output), *options, given=text
+        )
+        assert (code, out, errors) == (0, f"{output}: 6 vectors of 8\n", "")
+        found = np.load(output, allow_pickle=False)
+        assert found.dtype == np.float32 and found.flags.c_contiguous
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        output.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+
+
+def test_embed_of_nothing(command: Any, elsewhere: Path, tmp_path: Path):
+    output = str(tmp_path / "v.npy")
+    code, _, _ = command("embed", "--run", str(elsewhere / "bare"), "--output", output)
+    assert code == 0 and np.load(output).shape == (0, 8)
+
+
+def test_embed_leaves_what_was_there_when_it_fails(
+    command: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxformer.cli.AT_ONCE", 2)
+    output = tmp_path / "v.npy"
+    output.write_bytes(b"before")
+    where = ("--run", str(elsewhere / "bare"), "--output", str(output))
+    code, _, errors = command("embed", *where, given=b"a\nb\nc\nd\n\xff\n")
+    assert code == 3 and "standard input, line 5: not UTF-8" in errors
+    (tmp_path / "bad").write_bytes(b"\n\xff")
+    code, _, errors = command("embed", *where, "--input", str(tmp_path / "bad"))
+    assert code == 3 and f"{tmp_path / 'bad'}, line 2: not UTF-8" in errors
+    code, _, errors = command("embed", *where, "--input", str(tmp_path / "none"))
+    assert code == 3 and f"cannot read {tmp_path / 'none'}: No such file" in errors
+    monkeypatch.setattr(Model, "embed", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert command("embed", *where, given=b"a")[0] == 75
+    assert output.read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "v.npy"]
+
+
+def test_embed_finds_out_first(
+    command: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    code, _, errors = command(
+        "embed", "--run", str(elsewhere / "llama"), "--output", str(tmp_path / "v.npy"), given=b"a"
+    )
+    assert code == 2 and "embed is for encoder-only models; this one is decoder-only" in errors
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
+    for output, code, says in (
+        (tmp_path, 2, f"output {tmp_path} is a folder"),
+        (tmp_path / "file" / "v.npy", 4, "cannot write to"),
+    ):
+        found = command("embed", "--run", str(elsewhere / "bare"), "--output", str(output))
+        assert found[0] == code and says in found[2]
+    assert command("embed", "--run", str(elsewhere / "bare"))[0] == 2  # no output
+
+
+def test_embed_of_a_run(command: Any, tmp_path: Path):
+    config = tiny.masked(tmp_path / "run")
+    loop.fit(dataclasses.replace(config, steps=1, eval_every=9, save_every=9))
+    where = ("--run", str(tmp_path / "run"), "--output", str(tmp_path / "v.npy"))
+    assert command("embed", *where, given=b"abc\nde")[0] == 0
+    wanted = jaxformer.load(tmp_path / "run").embed(["abc", "de"])
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), wanted)
+
+
+def test_convert_there_and_back(command: Any, elsewhere: Path, tmp_path: Path):
+    run_dir, back = str(tmp_path / "run"), str(tmp_path / "back")
+    code, out, errors = command("convert", str(elsewhere / "t5"), run_dir)
+    assert (code, out, errors) == (0, f"{run_dir}: a run directory\n", "")
+    assert run.exists(Path(run_dir))
+    code, out, _ = command("convert", run_dir, back)
+    assert (code, out) == (0, f"{back}: a T5 model in Hugging Face's layout\n")
+    for file in (elsewhere / "t5").iterdir():
+        assert file.read_bytes() == (Path(back) / file.name).read_bytes()
+    generated = [command("generate", "--run", where, given=b"abc\nde")[1]
+                 for where in (str(elsewhere / "t5"), run_dir, back)]  # fmt: skip
+    assert len(set(generated)) == 1
+    code, _, _ = command("convert", run_dir, str(tmp_path / "mt5"), "--dtype", "bfloat16")
+    assert code == 0 and jaxformer.load(tmp_path / "mt5").config.param_dtype == "bfloat16"
+
+
+def test_convert_refuses(command: Any, elsewhere: Path, tmp_path: Path):
+    theirs, there = str(elsewhere / "t5"), str(tmp_path / "there")
+    converting.convert(theirs, tmp_path / "run")
+    for arguments, code, says in (
+        ((theirs, theirs), 2, "is there already and not empty"),
+        ((str(tmp_path / "nowhere"), there), 4, "nowhere is no run directory"),
+        ((theirs, there, "--family", "t5"), 2, "family t5 is for run directories"),
+        ((str(tmp_path / "run"), there, "--family", "lama"), 2, "you mean 'llama'?"),
+        ((str(tmp_path / "run"), there, "--family", "llama"), 4, "no encoder-decoder models of"),
+        ((theirs,), 2, "TARGET"),
+    ):
+        found = command("convert", *arguments)
+        assert found[0] == code and says in found[2], found
+        assert not Path(there).exists()
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "embed", "convert", "tokenizer", "train"])
+def test_every_command_has_help(command: Any, name: str):
+    code, out, errors = command(name, "--help")
+    assert (code, errors) == (0, "") and "usage: " in out
 
 
 # Real processes.

@@ -159,10 +159,12 @@ def test_the_dtype_has_the_name_it_had(tmp_path: Path):
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_pooling_is_kept(pooling: str, normalised: bool, tmp_path: Path):
-    model = foreign.model("bare", pooling=pooling, pooling_norm=normalised)
-    export(model, tmp_path)
-    found = jaxformer.load(tmp_path).config
-    assert (found.pooling, found.pooling_norm) == (pooling, normalised)
+    model = foreign.model("bare", pooling=pooling, pooling_norm=normalised, pooling_length=5)
+    export(model, tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    for name in ("theirs", "run", "back"):
+        assert jaxformer.load(tmp_path / name).config == model.config
 
 
 def decodes() -> st.SearchStrategy[DecodeConfig]:

@@ -115,6 +115,15 @@ def test_a_run_is_tuned_too(tmp_path: Path, tune: Any):
     assert tuned.defaults == base.defaults and tuned.origin is None
 
 
+def test_without_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    monkeypatch.delenv("BASE", raising=False)
+    assert main(["train", "--config", RECIPE, "--run_dir", str(tmp_path)]) == 2
+    assert "BASE names no model" in capfd.readouterr().err
+    monkeypatch.setenv("BASE", str(tmp_path / "nowhere"))
+    assert main(["train", "--config", RECIPE, "--run_dir", str(tmp_path)]) == 4
+    assert "nowhere is no run directory" in capfd.readouterr().err
+
+
 def tuning(base: Path, run_dir: Path, **options: Any) -> TrainConfig:
     """A config of the recipe's kind."""
     model = dataclasses.replace(jaxformer.read_config(base), **options)
