@@ -113,7 +113,9 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
         same = dataclasses.replace(before, tie_embeddings=config.tie_embeddings)
         if resolved(same) == resolved(config):
             key = "torch_dtype" if "torch_dtype" in origin.config else "dtype"
-            return read, dict(origin.config) | {key: config.param_dtype}
+            # A class of more heads than are kept here becomes the one that has what is.
+            named = {"architectures": write_config(read, config)["architectures"]}
+            return read, dict(origin.config) | named | {key: config.param_dtype}
     tried = [name or own] if name or own else list(FAMILIES)
     lacks = {each: differences(FAMILIES[each], config) for each in tried}
     fitting = [each for each in tried if not lacks[each]]

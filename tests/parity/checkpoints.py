@@ -16,10 +16,6 @@ class Checkpoint(NamedTuple):
     name: str
     architecture: str
     config: dict[str, Any]
-    seed: int = 0
-    """One with which generated texts do not repeat one token."""
-    end: int = 2
-    """A token that some of them reach: the end of texts."""
     generation: dict[str, Any] = {}
     """What its generation_config.json says besides the usual."""
     untied: bool = False
@@ -72,44 +68,39 @@ LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.6], rope_th
                 long_factor=[1.0, 2.0, 4.0, 8.0])  # fmt: skip
 
 CHECKPOINTS = (
-    Checkpoint("T5 v1.0", "T5ForConditionalGeneration", T5, seed=19, end=25),
+    Checkpoint(
+        "T5 v1.0",
+        "T5ForConditionalGeneration",
+        T5,
+    ),
     Checkpoint(
         "T5 v1.1, FLAN-T5",
         "T5ForConditionalGeneration",
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         untied=True,
-        seed=1,
-        end=8,
     ),
     Checkpoint(
         "UL2",
         "T5ForConditionalGeneration",
         T5 | dict(feed_forward_proj="gated-silu", tie_word_embeddings=False),
         untied=True,
-        seed=1,
-        end=66,
     ),
     Checkpoint(
         "UL2, scaled head",
         "T5ForConditionalGeneration",
         T5 | dict(feed_forward_proj="gated-silu"),
-        end=10,
     ),
     Checkpoint(
         "mT5",
         "MT5ForConditionalGeneration",
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         untied=True,
-        seed=1,
-        end=8,
     ),
     Checkpoint(
         "BART",
         "BartForConditionalGeneration",
         BART,
         generation=FORCED | dict(forced_eos_token_id=43),
-        seed=13,
-        end=43,
     ),
     Checkpoint("BART, bare", "BartModel", BART | dict(scale_embedding=True)),
     Checkpoint(
@@ -117,55 +108,47 @@ CHECKPOINTS = (
         "MBartForConditionalGeneration",
         BART | dict(scale_embedding=True),
         generation=FORCED | dict(forced_eos_token_id=19),
-        seed=13,
-        end=19,
     ),
     Checkpoint(
         "Pegasus",
         "PegasusForConditionalGeneration",
         BART | dict(scale_embedding=True),
-        seed=1,
-        end=25,
     ),
-    Checkpoint("Marian, one vocabulary", "MarianMTModel", MARIAN, seed=16, end=20),
+    Checkpoint(
+        "Marian, one vocabulary",
+        "MarianMTModel",
+        MARIAN,
+    ),
     Checkpoint(
         "Marian, two vocabularies",
         "MarianMTModel",
         MARIAN
         | dict(decoder_vocab_size=60, pad_token_id=58, decoder_start_token_id=58)
         | dict(share_encoder_decoder_embeddings=False),
-        seed=7,
-        end=30,
     ),
-    Checkpoint("GPT-2", "GPT2LMHeadModel", GPT2, end=29),
-    Checkpoint("OPT", "OPTForCausalLM", OPT, end=16),
-    Checkpoint("Llama 2", "LlamaForCausalLM", DECODER | HEAD, end=52),
+    Checkpoint("GPT-2", "GPT2LMHeadModel", GPT2),
+    Checkpoint("OPT", "OPTForCausalLM", OPT),
+    Checkpoint("Llama 2", "LlamaForCausalLM", DECODER | HEAD),
     Checkpoint(
         "Llama, linear rope scaling",
         "LlamaForCausalLM",
         DECODER
         | dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=500.0))
         | dict(attention_bias=True, mlp_bias=True, hidden_size=48),
-        end=83,
     ),
-    Checkpoint(
-        "Llama 3", "LlamaForCausalLM", DECODER | HEAD | dict(rope_parameters=LLAMA3), end=85
-    ),
-    Checkpoint("SmolLM, tied", "LlamaForCausalLM", EVEN | dict(tie_word_embeddings=True), end=91),
-    Checkpoint(
-        "Mistral, window", "MistralForCausalLM", DECODER | HEAD | dict(sliding_window=7), end=25
-    ),
-    Checkpoint("Qwen2", "Qwen2ForCausalLM", EVEN, end=81),
+    Checkpoint("Llama 3", "LlamaForCausalLM", DECODER | HEAD | dict(rope_parameters=LLAMA3)),
+    Checkpoint("SmolLM, tied", "LlamaForCausalLM", EVEN | dict(tie_word_embeddings=True)),
+    Checkpoint("Mistral, window", "MistralForCausalLM", DECODER | HEAD | dict(sliding_window=7)),
+    Checkpoint("Qwen2", "Qwen2ForCausalLM", EVEN),
     Checkpoint(
         "Qwen2, window layers",
         "Qwen2ForCausalLM",
         EVEN | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
-        end=46,
     ),
-    Checkpoint("Qwen3", "Qwen3ForCausalLM", DECODER | HEAD, end=15),
-    Checkpoint("Gemma", "GemmaForCausalLM", DECODER | HEAD, end=87),
-    Checkpoint("Gemma 2", "Gemma2ForCausalLM", GEMMA, end=88),
-    Checkpoint("Gemma 3", "Gemma3ForCausalLM", GEMMA | dict(num_hidden_layers=7), end=83),
+    Checkpoint("Qwen3", "Qwen3ForCausalLM", DECODER | HEAD),
+    Checkpoint("Gemma", "GemmaForCausalLM", DECODER | HEAD),
+    Checkpoint("Gemma 2", "Gemma2ForCausalLM", GEMMA),
+    Checkpoint("Gemma 3", "Gemma3ForCausalLM", GEMMA | dict(num_hidden_layers=7)),
     Checkpoint(
         "Gemma 3, linear rope scaling",
         "Gemma3ForCausalLM",
@@ -177,10 +160,9 @@ CHECKPOINTS = (
             ),
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
-        end=36,
     ),
-    Checkpoint("Phi-3", "Phi3ForCausalLM", EVEN, end=12),
-    Checkpoint("Phi-3, window", "Phi3ForCausalLM", EVEN | dict(sliding_window=9), end=11),
+    Checkpoint("Phi-3", "Phi3ForCausalLM", EVEN),
+    Checkpoint("Phi-3, window", "Phi3ForCausalLM", EVEN | dict(sliding_window=9)),
     Checkpoint(
         "Phi-3, LongRoPE",
         "Phi3ForCausalLM",
@@ -190,7 +172,6 @@ CHECKPOINTS = (
             max_position_embeddings=4 * LENGTH,
             original_max_position_embeddings=LENGTH,
         ),
-        end=96,
     ),
     Checkpoint(
         "Phi-3, partly rotated",
@@ -199,7 +180,6 @@ CHECKPOINTS = (
         | dict(
             rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75)
         ),
-        end=85,
     ),
     Checkpoint("BERT, masked LM", "BertForMaskedLM", BERT),
     Checkpoint("BERT, pre-training", "BertForPreTraining", BERT),

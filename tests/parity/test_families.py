@@ -1,6 +1,7 @@
 """Every family computes and generates what transformers does, and goes back to it as it came."""
 
 import dataclasses
+import fnmatch
 import json
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from checkpoints import CHECKPOINTS, Checkpoint  # noqa: E402
 
 import jaxformer  # noqa: E402
 from jaxformer.converting import export  # noqa: E402
+from jaxformer.hub.families import FAMILIES  # noqa: E402
 from jaxformer.hub.tensors import open_safetensors  # noqa: E402
 from jaxformer.loading import load_weights  # noqa: E402
 from jaxformer.nn.transformer import apply  # noqa: E402
@@ -25,7 +27,7 @@ from jaxformer.types import Batch, Tokens  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-LENGTHS, PROMPTS = (500, 437, 3), (16, 12, 9)
+LENGTHS = (500, 437, 3)
 GENERATING = [each for each in CHECKPOINTS if each.generates]
 SENTENCES = [each for each in CHECKPOINTS if each.pooling]
 
@@ -61,7 +63,7 @@ def of_theirs(pair: Pair, side: str) -> tuple[dict[str, np.ndarray], Batch]:
     """The same batch of ragged rows, padded on one side, for them and for us."""
     rng, config, kind = np.random.default_rng(0), pair.theirs.config, pair.ours.config.kind
     there = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    there = there if side == "right" else there[:, ::-1]
+    there = there if side == "right" else there[:, ::-1].copy()
     pos = np.maximum(there.cumsum(1) - 1, 0)
     if kind == "encoder-decoder":  # where theirs count the padding
         pos = np.broadcast_to(np.arange(max(LENGTHS)), there.shape)
@@ -74,7 +76,7 @@ def of_theirs(pair: Pair, side: str) -> tuple[dict[str, np.ndarray], Batch]:
     source = target = None
     if kind == "decoder-only":
         target = tokens(config.vocab_size)
-        given |= {"input_ids": target.ids, "position_ids": pos}
+        given |= {"input_ids": target.ids, "position_ids": pos.copy()}
     else:
         source = tokens(config.pad_token_id if pair.ours.config.source_vocab_size else 99)
         given |= {"input_ids": source.ids}
@@ -133,8 +135,7 @@ def test_computes_the_same(pair: Pair, side: str):
 @pytest.mark.parametrize("beams", [1, reference.BEAMS], ids=["greedy", "beam"])
 @pytest.mark.parametrize("pair", GENERATING, indirect=True, ids=lambda each: each.name)
 def test_generates_the_same(pair: Pair, beams: int):
-    ids = np.random.default_rng(0).integers(3, 58, (len(PROMPTS), max(PROMPTS)))
-    texts = [" ".join(map(str, row[:n])) for row, n in zip(ids.tolist(), PROMPTS, strict=True)]
+    texts = [" ".join(map(str, row)) for row in reference.prompts()]
     read = pair.ours.tokenizer
     rows = [
         (read.source if pair.theirs.config.is_encoder_decoder else read.prompt)(t) for t in texts
@@ -145,12 +146,15 @@ def test_generates_the_same(pair: Pair, beams: int):
     assert [[h.ids for h in row] for row in found] == wanted
     np.testing.assert_allclose([[h.score for h in row] for row in found], scores, atol=1e-4)
     ends = {h.finish for row in found for h in row}
-    assert "eos" in ends and (beams > 1 or "limit" in ends)
+    assert "eos" in ends
+    assert len({i for row in found for h in row for i in h.ids}) > 5  # they say something
 
 
 def read_back(folder: Path, pair: Pair) -> Any:
     """transformers' model of what was exported, with nothing missing and nothing left over."""
-    model, report = type(pair.theirs).from_pretrained(folder, output_loading_info=True)
+    config = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
 
@@ -160,17 +164,32 @@ def assert_bitwise(model: Any, pair: Pair):
     again, first = (reference.compute(m, given) for m in (model, pair.theirs))
     for name in first:
         np.testing.assert_array_equal(again[name], first[name])
+        assert np.isfinite(first[name]).all()
 
 
 def test_goes_back_as_it_came(pair: Pair, tmp_path: Path):
     export(pair.ours, tmp_path)
     before, after = open_safetensors(pair.folder), open_safetensors(tmp_path)
-    assert {n: (t.shape, t.dtype, t.read().tobytes()) for n, t in before.items()} == {
-        n: (t.shape, t.dtype, t.read().tobytes()) for n, t in after.items()
+    # What is ignored, a table of sinusoids for one, is nothing that a model has learnt.
+    family = FAMILIES[pair.checkpoint.model_type]
+    nothing = [
+        name.removeprefix(prefix) for name in family.ignored for prefix in ("", family.prefix)
+    ]
+    learnt = {
+        name: tensor
+        for name, tensor in before.items()
+        if name in after or not any(fnmatch.fnmatch(name, pattern) for pattern in nothing)
     }
+    one, other = (
+        {name: (t.shape, t.dtype, t.read().tobytes()) for name, t in tensors.items()}
+        for tensors in (learnt, after)
+    )
+    assert one == other
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if (pair.folder / name).exists():
             one, other = (json.loads((f / name).read_text()) for f in (pair.folder, tmp_path))
+            if pair.checkpoint.architecture == "BertForPreTraining":  # without its second head
+                one["architectures"] = ["BertForMaskedLM"]
             assert one == other
     assert_bitwise(read_back(tmp_path, pair), pair)
 
@@ -206,4 +225,4 @@ def test_embeds_the_same(pair: Pair):
         hidden = reference.compute(pair.theirs, {"input_ids": np.array([row])})["hidden"][0]
         mean = (pair.checkpoint.pooling or {})["pooling_mode_mean_tokens"]
         pooled = hidden.mean(0) if mean else hidden[0]
-        np.testing.assert_allclose(vector, pooled / np.linalg.norm(pooled), atol=1e-5)
+        np.testing.assert_allclose(vector, pooled / np.linalg.norm(pooled), rtol=0, atol=1e-5)
