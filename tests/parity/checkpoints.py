@@ -68,11 +68,7 @@ LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.6], rope_th
                 long_factor=[1.0, 2.0, 4.0, 8.0])  # fmt: skip
 
 CHECKPOINTS = (
-    Checkpoint(
-        "T5 v1.0",
-        "T5ForConditionalGeneration",
-        T5,
-    ),
+    Checkpoint("T5 v1.0", "T5ForConditionalGeneration", T5),
     Checkpoint(
         "T5 v1.1, FLAN-T5",
         "T5ForConditionalGeneration",
@@ -114,11 +110,7 @@ CHECKPOINTS = (
         "PegasusForConditionalGeneration",
         BART | dict(scale_embedding=True),
     ),
-    Checkpoint(
-        "Marian, one vocabulary",
-        "MarianMTModel",
-        MARIAN,
-    ),
+    Checkpoint("Marian, one vocabulary", "MarianMTModel", MARIAN),
     Checkpoint(
         "Marian, two vocabularies",
         "MarianMTModel",

@@ -51,19 +51,27 @@ def quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def make(checkpoint: Checkpoint, folder: Path, lively: bool = False) -> Pair:
+    theirs = reference.make(checkpoint, lively)
+    reference.save(checkpoint, theirs, folder)
+    return Pair(checkpoint, folder, theirs, jaxformer.load(folder))
+
+
 @pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda each: each.name)
 def pair(request, tmp_path_factory) -> Pair:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    theirs = reference.make(request.param)
-    reference.save(request.param, theirs, folder)
-    return Pair(request.param, folder, theirs, jaxformer.load(folder))
+    return make(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module", params=GENERATING, ids=lambda each: each.name)
+def lively(request, tmp_path_factory) -> Pair:
+    return make(request.param, tmp_path_factory.mktemp("checkpoint"), lively=True)
 
 
 def of_theirs(pair: Pair, side: str) -> tuple[dict[str, np.ndarray], Batch]:
     """The same batch of ragged rows, padded on one side, for them and for us."""
     rng, config, kind = np.random.default_rng(0), pair.theirs.config, pair.ours.config.kind
     there = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    there = there if side == "right" else there[:, ::-1].copy()
+    there = there if side == "right" else there[:, ::-1].copy().copy()
     pos = np.maximum(there.cumsum(1) - 1, 0)
     if kind == "encoder-decoder":  # where theirs count the padding
         pos = np.broadcast_to(np.arange(max(LENGTHS)), there.shape)
@@ -133,9 +141,9 @@ def test_computes_the_same(pair: Pair, side: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, reference.BEAMS], ids=["greedy", "beam"])
-@pytest.mark.parametrize("pair", GENERATING, indirect=True, ids=lambda each: each.name)
-def test_generates_the_same(pair: Pair, beams: int):
-    texts = [" ".join(map(str, row)) for row in reference.prompts()]
+def test_generates_the_same(lively: Pair, beams: int):
+    pair = lively
+    texts = list(map(reference.spell, reference.prompts()))
     read = pair.ours.tokenizer
     rows = [
         (read.source if pair.theirs.config.is_encoder_decoder else read.prompt)(t) for t in texts
@@ -144,9 +152,9 @@ def test_generates_the_same(pair: Pair, beams: int):
     decode = dataclasses.replace(pair.ours.defaults, beams=beams, n_best=beams)
     found = [each.hypotheses for each in pair.ours.hypotheses(texts, decode)]
     assert [[h.ids for h in row] for row in found] == wanted
-    np.testing.assert_allclose([[h.score for h in row] for row in found], scores, atol=1e-4)
+    np.testing.assert_allclose([[h.score for h in row] for row in found], scores, rtol=0, atol=2e-3)
     ends = {h.finish for row in found for h in row}
-    assert "eos" in ends
+    assert beams > 1 or "eos" in ends
     assert len({i for row in found for h in row for i in h.ids}) > 5  # they say something
 
 
@@ -220,7 +228,7 @@ def test_loads_in_its_own_dtype_or_any_other(pair: Pair, dtype: str, tmp_path: P
 def test_embeds_the_same(pair: Pair):
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, 99, n).tolist() for n in (33, 20, 2)]
-    found = pair.ours.embed([" ".join(map(str, row)) for row in rows])
+    found = pair.ours.embed(list(map(reference.spell, rows)))
     for vector, row in zip(found, rows, strict=True):
         hidden = reference.compute(pair.theirs, {"input_ids": np.array([row])})["hidden"][0]
         mean = (pair.checkpoint.pooling or {})["pooling_mode_mean_tokens"]
