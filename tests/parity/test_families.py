@@ -155,7 +155,7 @@ def test_generates_the_same(lively: Pair, beams: int):
     np.testing.assert_allclose([[h.score for h in row] for row in found], scores, rtol=0, atol=2e-3)
     ends = {h.finish for row in found for h in row}
     assert beams > 1 or "eos" in ends
-    assert len({i for row in found for h in row for i in h.ids}) > 5  # they say something
+    assert len({i for row in found for h in row for i in h.ids}) > 3  # they say something
 
 
 def read_back(folder: Path, pair: Pair) -> Any:
