@@ -475,7 +475,7 @@ class DecodeConfig:
     suppress: tuple[int, ...] = ()
     """Ids that are never generated."""
     suppress_first: tuple[int, ...] = ()
-    """Ids that are not generated as the first."""
+    """Ids that are not generated as the first (after forced_first, if there is one)."""
     forced_first: int = -1
     """Id that every text begins with (BART's start, mBART's language); -1 is none."""
     forced_last: int = -1

@@ -117,8 +117,10 @@ def _their_config(model: Model, name: str) -> tuple[Family, dict[str, Any]]:
         before = read_config(read, origin.config, run.ORIGIN)
         same = dataclasses.replace(before, tie_embeddings=config.tie_embeddings)
         if resolved(same) == resolved(config):
-            names = {"dtype", "torch_dtype"} & origin.config.keys() or {"dtype"}
-            return read, dict(origin.config) | dict.fromkeys(names, config.param_dtype)
+            # A class of more heads than are kept here becomes the one that has what is.
+            named = {"architectures": write_config(read, config)["architectures"]}
+            dtypes = {"dtype", "torch_dtype"} & origin.config.keys() or {"dtype"}
+            return read, dict(origin.config) | named | dict.fromkeys(dtypes, config.param_dtype)
     tried = [name or own] if name or own else list(FAMILIES)
     lacks: dict[str, list[str]] = {}
     for each in tried:

@@ -164,13 +164,15 @@ def _constraints(
     def mask(ids: tuple[int, ...]) -> Array:
         return jnp.isin(jnp.arange(config.vocab_size), jnp.array(ids))
 
-    parts = [processors.min_length(numbers.min_length, method.stop_ids)]
+    first, last = method.forced_first, method.forced_last
+    parts = []
+    if first >= 0:
+        parts.append(processors.forced(first, 0))
+    if last >= 0:
+        parts.append(processors.forced(last, limit - 1))
+    parts.append(processors.min_length(numbers.min_length, method.stop_ids))
     if method.suppress:
         parts.append(processors.ban(mask(method.suppress)))
-    if method.suppress_first:
-        parts.append(processors.ban_first(mask(method.suppress_first)))
-    if method.forced_first >= 0:
-        parts.append(processors.forced(method.forced_first, 0))
-    if method.forced_last >= 0:
-        parts.append(processors.forced(method.forced_last, limit - 1))
+    if method.suppress_first:  # the first that is free
+        parts.append(processors.ban_at(mask(method.suppress_first), int(first >= 0)))
     return parts

@@ -132,7 +132,7 @@ def min_length(least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, 
 def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
     """Make `token` the only choice for the token number `at` of its row, counted from 0.
 
-    It is certain then: its log-probability is 0.
+    It is certain then: its log-probability is 0, if nothing was forbidden before this.
     """
 
     def apply(logits, count):
@@ -144,12 +144,12 @@ def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
     return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda count, _: count + 1)
 
 
-def ban_first(mask: Bool[Array, " V"]) -> Processor:
-    """Forbid every token whose mask is true, as the first one only."""
+def ban_at(mask: Bool[Array, " V"], at: int) -> Processor:
+    """Forbid every token whose mask is true, as token number `at` only, counted from 0."""
     return Processor(
-        lambda b, w: jnp.ones((b, w), bool),
-        lambda logits, first: jnp.where(first[..., None] & mask, -jnp.inf, logits),
-        lambda first, _: jnp.zeros_like(first),
+        lambda b, w: jnp.zeros((b, w), jnp.int32),
+        lambda logits, count: jnp.where((count == at)[..., None] & mask, -jnp.inf, logits),
+        lambda count, _: count + 1,
     )
 
 

@@ -12,7 +12,7 @@ from toy_decoder import EOS, run, toy
 from jaxformer.decoding.loop import decode
 from jaxformer.decoding.processors import (
     ban,
-    ban_first,
+    ban_at,
     chain,
     forced,
     min_length,
@@ -139,12 +139,13 @@ def test_forced_is_certain_at_its_place_alone():
     assert certain == [[True, False], [False, False], [False, True]]
 
 
-def test_ban_first_bans_once():
-    processor, logits = ban_first(jnp.arange(5) < 2), jnp.zeros((1, 1, 5))
-    state = processor.init(1, 1)
-    assert np.isneginf(processor.apply(logits, state)[0, 0]).tolist() == [True] * 2 + [False] * 3
-    state = processor.update(state, jnp.array([[3]]))
-    np.testing.assert_array_equal(processor.apply(logits, state), logits)
+def test_ban_at_bans_once():
+    processor, logits = ban_at(jnp.arange(5) < 2, 1), jnp.zeros((1, 1, 5))
+    state, banned = processor.init(1, 1), []
+    for _ in range(3):
+        banned.append(np.isneginf(processor.apply(logits, state)[0, 0]).tolist())
+        state = processor.update(state, jnp.array([[3]]))
+    assert banned == [[False] * 5, [True] * 2 + [False] * 3, [False] * 5]
 
 
 def test_any_end_is_held_back():

@@ -58,7 +58,10 @@ FIELDS = (
 BART = Family(
     name="BART",
     model_type="bart",
-    architectures={"BartForConditionalGeneration": {}, "BartModel": {}},
+    architectures={
+        "BartForConditionalGeneration": {"head_bias": True},
+        "BartModel": {"head_bias": False},
+    },
     fields=FIELDS,
     rows=ROWS,
     fixed={
@@ -73,7 +76,6 @@ BART = Family(
         "out_bias": True,
         "mlp_bias": True,
         "tie_embeddings": True,
-        "head_bias": True,
     },
     demands={"tie_word_embeddings": True},
     derived=(ROOT_SCALED,),
@@ -88,7 +90,10 @@ BART = Family(
 MBART = BART._replace(
     name="mBART",
     model_type="mbart",
-    architectures={"MBartForConditionalGeneration": {}, "MBartModel": {}},
+    architectures={
+        "MBartForConditionalGeneration": {"head_bias": True},
+        "MBartModel": {"head_bias": False},
+    },
     fixed=BART.fixed | {"norm_position": "pre", "final_norm": True},
     about="pre-norm; mBART-50 too",
 )
@@ -97,7 +102,10 @@ SINUSOIDAL = {"embed_norm": False, "position": "sinusoidal", "position_offset": 
 PEGASUS = BART._replace(
     name="Pegasus",
     model_type="pegasus",
-    architectures={"PegasusForConditionalGeneration": {}, "PegasusModel": {}},
+    architectures={
+        "PegasusForConditionalGeneration": {"head_bias": True},
+        "PegasusModel": {"head_bias": False},
+    },
     fixed=BART.fixed | SINUSOIDAL | {"norm_position": "pre", "final_norm": True},
     ignored=(*BART.ignored, "model.*coder.embed_positions.weight"),
     about="pre-norm, sinusoidal positions",
@@ -118,7 +126,7 @@ SHARED, OWN = ((("shares_embeddings", value),) for value in (True, False))
 MARIAN = BART._replace(
     name="Marian",
     model_type="marian",
-    architectures={"MarianMTModel": {}, "MarianModel": {}},
+    architectures={"MarianMTModel": {"head_bias": True}, "MarianModel": {"head_bias": False}},
     fields=FIELDS[1:],
     rows=(
         ROWS[0]._replace(only=SHARED),
