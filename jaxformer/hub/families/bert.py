@@ -207,6 +207,6 @@ DISTILBERT = Family(
     ),
     prefix="distilbert.",
     ignored=("vocab_projector.weight",),
-    about="",
+    about="no token types, a pooler of its own",
 )
 FAMILIES = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT)
