@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -101,9 +101,9 @@ class Convert:
     """Make a run directory of a Hugging Face directory or GGUF file; or of a run directory, a
     Hugging Face directory."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """What to read."""
-    target: tyro.conf.Positional[str]
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """Folder to write, which must be empty or not there yet."""
     family: str = ""
     """Model type to write a run as, such as llama or t5; without it, the one that it came from, or

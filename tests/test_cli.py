@@ -440,7 +440,7 @@ def test_convert_refuses(command: Any, elsewhere: Path, tmp_path: Path):
         ((str(tmp_path / "nowhere"), there), 4, "nowhere is no run directory"),
         ((theirs, there, "--family", "t5"), 2, "family t5 is for run directories"),
         ((str(tmp_path / "run"), there, "--family", "lama"), 2, "you mean 'llama'?"),
-        ((str(tmp_path / "run"), there, "--family", "llama"), 4, "no encoder-decoder models of"),
+        ((str(tmp_path / "run"), there, "--family", "llama"), 4, "nearest is Llama, but"),
         ((theirs,), 2, "TARGET"),
     ):
         found = command("convert", *arguments)
