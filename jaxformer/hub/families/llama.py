@@ -11,6 +11,7 @@ from jaxformer.hub.families.derived import (
     QUERY_SCALE,
     ROPE,
     SLIDING,
+    heads,
     layer_types,
     rope,
     windows,
@@ -147,7 +148,7 @@ def _phi3(theirs: Mapping[str, Any]) -> dict[str, Any]:
     length = theirs.get("max_position_embeddings", 4096)
     given = theirs.get("rope_parameters") or {}
     fraction = given.get("partial_rotary_factor") or theirs.get("partial_rotary_factor") or 1.0
-    width = int(theirs["hidden_size"] // theirs["num_attention_heads"] * fraction)
+    width = int(heads(theirs)["head_dim"] * fraction)
     scaling = given or theirs.get("rope_scaling") or {}
     ours = {"window": [theirs.get("sliding_window") or 0], "rotary_dim": width}
     if (scaling.get("rope_type") or scaling.get("type")) not in ("longrope", "su"):
