@@ -21,6 +21,8 @@ Config = TypeVar("Config")
 DType = Literal["float32", "bfloat16", "float16"]
 LARGEST = 2**26
 """Size of any axis: configs come from elsewhere too, and are believed before anything is read."""
+WIDEST = 2**20
+"""Size of a model's or head's width, of which tables of frequencies are made before that, too."""
 
 
 def hint(word: str, known: typing.Iterable[str]) -> str:
@@ -200,10 +202,13 @@ class ModelConfig:
     """Run the layers as a loop (compiles once) or unrolled (can run faster); same parameters."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_ff", "n_heads", "max_length", "relative_buckets"):
+        in_range(self, "d_model", 1, WIDEST)
+        for name in ("d_ff", "n_heads", "max_length", "relative_buckets"):
             in_range(self, name, 1, LARGEST)
-        for name in ("vocab_size", "n_kv_heads", "head_dim", "window",
-                     "n_token_types", "lora_rank", "position_offset", "rotary_dim",
+        for name in ("head_dim", "rotary_dim"):
+            in_range(self, name, 0, WIDEST)
+        for name in ("vocab_size", "n_kv_heads", "window",
+                     "n_token_types", "lora_rank", "position_offset",
                      "source_vocab_size", "vocab_padding", "pooling_length"):  # fmt: skip
             in_range(self, name, 0, LARGEST)
         in_range(self, "n_encoder_layers", 0, 4096)

@@ -45,8 +45,6 @@ def beam(
     shared out among the others, and a processor may only lower logits here. Where fewer than
     `width` hypotheses exist, the rest are empty dead ends.
     """
-    # A beam of 1 has no second choice, so it ends where greedy does, whatever alpha is.
-    wanted = 2 * width if width > 1 else 1
 
     def penalty(n: Int[Array, "..."]) -> Float[Array, "..."]:
         n = n.astype(jnp.float32)
@@ -66,6 +64,9 @@ def beam(
     def choose(state, logits):
         live, pool = state.strategy
         rows, _, vocabulary = logits.shape
+        # Enough for `width` to live on though each beam may end in every way there is. A beam of 1
+        # has no second choice, so it ends where greedy does, whatever alpha is.
+        wanted = (1 + max(state.eos_ids.size, 1)) * width if width > 1 else 1
         k = min(wanted, vocabulary)
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.

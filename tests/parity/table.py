@@ -7,23 +7,26 @@ from jaxformer.hub.families import FAMILIES
 HEADER = """\
 # Families of checkpoints
 
-What `jaxformer.load`, `jaxformer convert` and every `--run` read, and what `jaxformer convert` writes. Each family is a
-table in `jaxformer/hub/families/`, read in both directions. Each row of the last column is a small random model that
-`pip install -e ".[parity]" && pytest -m parity` compares with transformers: hidden states and logits to
-1e-4 in float32, on ragged rows of up to 500 tokens padded right and left; greedy and beam-4 texts token for token;
-tensors byte for byte when exported again, and the same logits when transformers reads them back; bfloat16 and float16.
+What `jaxformer.load`, `jaxformer convert` and every `--run` read, and what `jaxformer convert`
+writes. Each family is a table in `jaxformer/hub/families/`, read in both directions. Each row of
+the last column is a small random model that `pip install -e ".[parity]" && pytest -m parity`
+compares with transformers: hidden states and logits to 1e-4 in float32, on ragged rows of up to
+500 tokens padded right and left; greedy and beam-4 texts token for token; tensors byte for byte
+when exported again, and the same logits when transformers reads them back; bfloat16 and float16.
 
 | family | `model_type` | classes | what is of it | compared |
 |---|---|---|---|---|
 """
 FOOTER = """
-Llama-type GGUF files (`llama`, `qwen2`, `qwen3`; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and llama.cpp's fallbacks)
-load as their families do. `jaxformer.load_torch` reads a `torch.nn.Transformer` from a file of `torch.save`, of which
-nothing is executed. sentence-transformers' directories of BERT types bring their pooling along.
+Llama-type GGUF files (`llama`, `qwen2`, `qwen3`; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and
+llama.cpp's fallbacks) load as their families do. `jaxformer.load_torch` reads a
+`torch.nn.Transformer` from a file of `torch.save`, of which nothing is executed.
+sentence-transformers' directories of BERT types bring their pooling along.
 
-Not read: other rope scalings than linear, llama3 and LongRoPE within the original context; OPT-350m; encoder-decoders
-whose sides differ in width or heads; token types other than the first (pairs of texts); the second head of
-BertForPreTraining, and poolers that no head uses.
+Not read: other rope scalings than linear, llama3 and LongRoPE within the original context;
+OPT-350m; encoder-decoders whose sides differ in width or heads; token types other than the first
+(pairs of texts); the second head of BertForPreTraining, and poolers that no head uses. Of
+generation_config.json, penalties of repetition and n-grams, and early_stopping, are not followed.
 """
 
 
