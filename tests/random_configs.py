@@ -85,7 +85,6 @@ def model_configs(draw, kinds=KINDS, positions=POSITIONS, max_layers=2) -> Model
         attention_scale=pick(0.0, 1.0),
         attention_softcap=pick(0.0, 5.0),
         source_vocab_size=pick(0, VOCAB) if kind == "encoder-decoder" else 0,
-        vocab_padding=pick(0, 2),
         tie_embeddings=tied,
         head_bias=pick(False, True),
         head_transform=pick(False, True),

@@ -204,7 +204,8 @@ def test_what_follows_from_other_options():
     assert DecodeConfig(samples=3).width == 3
 
 
-RECIPES = sorted((tiny.ROOT / "configs").glob("*.py"))
+RECIPES = [path for path in sorted((tiny.ROOT / "configs").glob("*.py")) if path.stem != "finetune"]
+"""That one needs a model to begin with: see test_finetune.py."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
