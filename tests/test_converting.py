@@ -25,6 +25,8 @@ from jaxformer.hub import folder
 from jaxformer.loading import TASKS
 from jaxformer.model import Model
 
+pytestmark = pytest.mark.slow  # each trains or writes models, seconds at a time
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_compilation() -> Iterator[None]:

@@ -23,6 +23,8 @@ from jaxformer.sharding import make_mesh
 from jaxformer.training import loop
 from jaxformer.training.loop import fit
 
+pytestmark = pytest.mark.slow  # each trains or writes models, seconds at a time
+
 RECIPE = str(tiny.ROOT / "configs" / "finetune.py")
 QUICK = ("--steps 3 --eval_every 3 --save_every 3 --log_every 3 --data.valid_fraction 0.2 "
          "--optim.warmup 1 --data.buckets 24 --data.batch_tokens 240").split()  # fmt: skip
