@@ -98,7 +98,7 @@ def test_what_a_template_says_reaches_the_user():
 
 def test_messages_are_strings():
     with pytest.raises(DataError, match="message 0"):
-        render_chat("", [{"role": "user", "content": 5}], add_generation_prompt=True, specials={})  # type: ignore
+        render_chat("", [{"role": "user", "content": 5}], add_generation_prompt=True, specials={})
 
 
 def test_without_a_template_there_is_no_chat():

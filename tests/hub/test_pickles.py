@@ -103,7 +103,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], protocol: int = 2) -> None:
     for i, (name, array) in enumerate(arrays.items()):
         steps = tuple(n // array.itemsize for n in array.strides)
         state[name] = View(str(i), array.dtype, array.size, 0, array.shape, steps)
-    state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore
+    state._metadata = OrderedDict({"": {"version": 1}})
     data = {str(i): array.tobytes("A") for i, array in enumerate(arrays.values())}
     archive(path, program(state, protocol), data)
 

@@ -149,9 +149,9 @@ def characters(vocabulary: dict[str, int]) -> bytes:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore
-    made.decoder = decoders.Fuse()  # type: ignore
-    made.post_processor = processors.TemplateProcessing(  # type: ignore
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    made.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>")],
     )
