@@ -243,17 +243,17 @@ def tokenizer(argv: list[str]) -> None:
     """`jaxformer tokenizer`."""
     options, rest = tyro.cli(TokenizerOptions, args=argv, return_unknown_args=True)
     settings = config.load(rest)
-    from jaxformer import run
     from jaxformer.data import sources, tasks
     from jaxformer.data.tokenizer import train_tokenizer
+    from jaxformer.files import writing
 
     output = Path(options.output)
-    with run.writing(output):  # found out before the work
+    with writing(output):  # found out before the work
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     examples, _ = sources.read(settings.data, settings.seed)
     pieces = train_tokenizer(settings.data, tasks.texts(settings.data, examples))
-    with run.writing(output):
+    with writing(output):
         pieces.save(output)
     print(f"{options.output}: {pieces.vocab_size} ids, SHA-256 {pieces.hash}")
 

@@ -17,6 +17,7 @@ from jaxformer.config import DecodeConfig, DType, ModelConfig, TrainConfig, hint
 from jaxformer.data.foreign import ForeignTokenizer
 from jaxformer.data.tokenizer_json import tokenizer_json
 from jaxformer.errors import CheckpointError, ConfigError
+from jaxformer.files import writing
 from jaxformer.hub import engine, folder
 from jaxformer.hub.families import FAMILIES
 from jaxformer.hub.family import Family, differences, read_config, resolved, write_config
@@ -39,7 +40,7 @@ def convert(
         raise ConfigError(f"{target} is there already and not empty; choose another folder.")
     if family and not run.exists(source):
         raise ConfigError(f"family {family} is for run directories, but {source} is none.")
-    with run.writing(target):  # found out before the work
+    with writing(target):  # found out before the work
         target.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target).close()
     try:
@@ -93,7 +94,7 @@ def export(model: Model, path: str | Path, *, family: str = "") -> str:
         files[folder.GENERATION] = _json(generation)
     if model.config.head == "none":
         files |= _sentence_files(model.config)
-    with run.writing(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, tensors)
         for name, data in files.items():

@@ -1,17 +1,15 @@
 """What a run directory holds besides its checkpoints, written once and checked when read again."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from jaxformer.config import TrainConfig, from_json, to_json
 from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformer.errors import CheckpointError
+from jaxformer.files import write_atomically, writing
 
 CONFIG, TOKENIZER, VERSIONS, METRICS = "config.json", "tokenizer", "run.json", "metrics.jsonl"
 ORIGIN = "origin.json"
@@ -22,43 +20,6 @@ PACKAGES = ("jaxformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 MAY_CHANGE = {"run_dir", "steps", "log_every", "eval_every", "save_every", "keep_latest",
               "keep_best", "metrics", "eval_examples", "max_bad_steps", "distributed",
               "mesh", "decode"}  # fmt: skip
-
-
-@contextlib.contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Within it, an `OSError` (no room, no permission) is a `CheckpointError`."""
-    try:
-        yield
-    except OSError as e:
-        raise CheckpointError(
-            f"cannot write to {directory}: {e.strerror or e}. Make room or mend what is wrong "
-            "there, and give the same command again."
-        ) from e
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, whole."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name, too
-    finally:
-        os.close(directory)
 
 
 def exists(run_dir: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from jaxformer import run
+from jaxformer.files import replacing, writing
 
 
 def write_rows(path: Path, width: int, parts: Iterable[Float[np.ndarray, "rows D"]]) -> int:
@@ -17,7 +17,7 @@ def write_rows(path: Path, width: int, parts: Iterable[Float[np.ndarray, "rows D
     `CheckpointError` if it cannot be written.
     """
     rows = 0
-    with run.writing(path), run.replacing(path) as file:
+    with writing(path), replacing(path) as file:
         _write_header(file, rows, width)
         begin = file.tell()
         for part in parts:

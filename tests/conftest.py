@@ -1,10 +1,12 @@
-"""Eight virtual CPU devices, and shapes and types checked at run time, for all tests."""
+"""For all tests: eight virtual CPU devices, quick compilation, and shapes and types checked."""
 
 import os
 
+from compilation import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
+    f" --xla_force_host_platform_device_count=8 {QUICK}"
 )
 
 from jaxtyping import install_import_hook  # noqa: E402

@@ -18,13 +18,6 @@ KINDS = ("encoder-decoder", "decoder-only", "encoder-only")
 DECODERS = KINDS[:2]
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-"""These tests compile more than they run: this takes a third of the time."""
-
 
 def examples(n: int) -> settings:
     """Try n models; a failing one is not shrunk, as that would compile hundreds."""
@@ -139,6 +132,6 @@ def batch_for(config: ModelConfig, source: Tokens, target: Tokens) -> Batch:
     )
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def logits(config: ModelConfig, params, batch: Batch):
     return transformer.apply(config, params, batch)

@@ -30,8 +30,8 @@ from jaxformer.training import loop
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
+def _shared_compilation() -> Iterator[None]:
+    with tiny.shared_compilation():
         yield
 
 

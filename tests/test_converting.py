@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow  # each trains or writes models, seconds at a time
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
+def _shared_compilation() -> Iterator[None]:
+    with tiny.shared_compilation():
         yield
 
 

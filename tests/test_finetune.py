@@ -31,8 +31,8 @@ QUICK = ("--steps 3 --eval_every 3 --save_every 3 --log_every 3 --data.valid_fra
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
+def _shared_compilation() -> Iterator[None]:
+    with tiny.shared_compilation():
         yield
 
 

@@ -23,7 +23,8 @@ FLOORS = (
     {"generate", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
-    {"types", "errors"},
+    {"types", "files"},
+    {"errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),
               ("hub", "data"), ("presets", "config")}  # fmt: skip

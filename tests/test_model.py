@@ -27,8 +27,8 @@ from jaxformer.types import Batch, Tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
+def _shared_compilation() -> Iterator[None]:
+    with tiny.shared_compilation():
         yield
 
 

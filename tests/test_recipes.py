@@ -24,7 +24,7 @@ SMALL = """
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs(tmp_path: Path, path: Path):
     options = [*SMALL, *OWN.get(path.stem, ()), "--run_dir", str(tmp_path)]
-    with tiny.quick_compilation():
+    with tiny.shared_compilation():
         assert main(["train", "--config", str(path), *options]) == 0
     losses = [line["eval/loss"] for line in tiny.metrics(tmp_path) if "eval/loss" in line]
     assert len(losses) == 1 and all(map(math.isfinite, losses))

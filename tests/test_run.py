@@ -36,8 +36,8 @@ from jaxformer.training.stopping import StopRequest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    with tiny.quick_compilation():
+def _shared_compilation() -> Iterator[None]:
+    with tiny.shared_compilation():
         yield
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from compilation import QUICK
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxformer import run, sharding
@@ -50,27 +51,24 @@ def folder() -> Path:
     return path
 
 
-def set_compilation(quick: bool) -> None:
-    """Quick: little is optimised, and what was compiled for one run is read by the next."""
-    jax.config.update("jax_disable_most_optimizations", quick)
-    jax.config.update("jax_compilation_cache_dir", str(folder() / "compiled") if quick else None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if quick else 1.0)
+def set_cache(shared: bool) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder() / "compiled") if shared else None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if shared else 1.0)
     compilation_cache.reset_cache()
 
 
 @contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Within it, functions compile quickly, and once for all runs."""
-    set_compilation(True)
+def shared_compilation() -> Iterator[None]:
+    """Within it, what was compiled for one run is read by the next."""
+    set_cache(True)
     yield
-    set_compilation(False)
+    set_cache(False)
 
 
 def environment() -> dict[str, str]:
     """Of a process with one device, which compiles quickly, and once for all of its like."""
     return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "XLA_FLAGS": QUICK,
         "JAX_COMPILATION_CACHE_DIR": str(folder() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

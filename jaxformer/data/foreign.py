@@ -15,8 +15,9 @@ from jaxformer.data.codec import Codec
 from jaxformer.data.codecs import NAMES, read_codecs
 from jaxformer.data.pieces import MBART_50
 from jaxformer.data.special_tokens import CONFIG, MAX_IDS, Files
-from jaxformer.data.tokenizer import SETTINGS, Tokenizer, content, read_capped, settings
+from jaxformer.data.tokenizer import MAX_BYTES, SETTINGS, Tokenizer, content, settings
 from jaxformer.errors import DataError
+from jaxformer.files import read_capped
 
 KIND = "foreign"
 CONFIG_KEYS = (
@@ -130,7 +131,7 @@ def read_tokenizer(
     except OSError as e:
         raise DataError(f"cannot read the directory {folder}: {e.strerror}.") from None
     used = [name for name in names if name in NAMES or name.endswith(".tiktoken")]
-    files = {name: read_capped(folder / name) for name in used}
+    files = {name: read_capped(folder / name, MAX_BYTES, DataError) for name in used}
     try:
         return from_files(files, config, generation)
     except DataError as e:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from jaxformer.config import DataConfig
 from jaxformer.errors import DataError
+from jaxformer.files import read_capped
 
 MASK = "<mask>"
 """What stands for a mask in a text that is to be filled in."""
@@ -280,7 +281,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     path = Path(folder) / SETTINGS
     try:
-        fields = json.loads(read_capped(path))
+        fields = json.loads(read_capped(path, MAX_BYTES, DataError))
     except (ValueError, RecursionError) as e:
         raise DataError(
             f"{path} is not JSON ({e}); write it again with `jaxformer tokenizer`."
@@ -290,7 +291,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             return ByteTokenizer()
         case {"type": "sentencepiece", **rest} if not rest:
             try:
-                return SentencePieceTokenizer(read_capped(path.with_name(MODEL)))
+                return SentencePieceTokenizer(
+                    read_capped(path.with_name(MODEL), MAX_BYTES, DataError)
+                )
             except DataError as e:
                 raise DataError(f"{path.with_name(MODEL)}: {e}") from None
         case {
@@ -319,15 +322,3 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         f"{path} describes no tokenizer: it needs a type (as byte or sentencepiece) and, for "
         "symbols, a list of different ones and a separator; run `jaxformer tokenizer` again."
     )
-
-
-def read_capped(path: Path) -> bytes:
-    """The bytes of a file of at most MAX_BYTES."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise DataError(f"cannot read the tokenizer file {path}: {e.strerror}.") from None
-    if len(data) > MAX_BYTES:
-        raise DataError(f"{path} has over {MAX_BYTES >> 20} MiB, too much for a tokenizer.")
-    return data

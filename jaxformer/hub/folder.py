@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 from jaxformer.config import DecodeConfig, ModelConfig, from_json, hint
 from jaxformer.errors import CheckpointError, ConfigError
+from jaxformer.files import read_capped
 from jaxformer.hub.engine import settle_head
 from jaxformer.hub.families import FAMILIES
 from jaxformer.hub.family import Family, read_config
 from jaxformer.hub.gguf_model import open_gguf
 from jaxformer.hub.gguf_tokenizer import gguf_tokenizer_files
-from jaxformer.hub.tensors import Stored, open_safetensors
+from jaxformer.hub.tensors import MAX_JSON, Stored, open_safetensors
 
 CONFIG, GENERATION, GGUF = "config.json", "generation_config.json", ".gguf"
 TOKENIZER = "tokenizer_config.json"
-MAX_JSON = 16 * 2**20
 NEW_TOKENS = 128
 """Most tokens generated where a folder sets no limit of its own."""
 POOLING: Mapping[str, Any] = {
@@ -185,14 +185,7 @@ def decode_config(
 def read_json(path: Path, kind: type = dict) -> Any:
     """An object, or a list, in a JSON file of bounded size; raises `CheckpointError`."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}.") from None
-    if len(data) > MAX_JSON:
-        raise CheckpointError(f"{path} has over {MAX_JSON >> 20} MiB, too much for a config.")
-    try:
-        value = json.loads(data)
+        value = json.loads(read_capped(path, MAX_JSON))
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not JSON ({e}); download it again.") from None
     if not isinstance(value, kind):

@@ -18,7 +18,8 @@ from gguf.quants import dequantize
 from jaxtyping import Shaped
 
 from jaxformer.errors import CheckpointError
-from jaxformer.hub.tensors import Stored, map_file, open_regular
+from jaxformer.files import open_regular
+from jaxformer.hub.tensors import Stored, map_file
 
 VERSIONS = (2, 3)
 MAX_HEADER = 64 * 2**20

@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxformer.errors import CheckpointError
-from jaxformer.hub.tensors import Stored, fits_numpy, map_file, open_regular
+from jaxformer.files import open_regular
+from jaxformer.hub.tensors import Stored, fits_numpy, map_file
 
 MAX_READ = 4 * 2**20
 """Bytes of the pickle, and of the archive's directory: enough for 20,000 tensors."""

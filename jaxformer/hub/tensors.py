@@ -4,13 +4,11 @@ The safetensors package checks each header; it is not asked for tensors, since w
 copies, and numpy has no bfloat16 of its own.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +19,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from jaxformer.errors import CheckpointError
+from jaxformer.files import open_regular, read_capped, replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
@@ -130,7 +129,7 @@ def write_safetensors(
             weight_map |= dict.fromkeys(shard, file)
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        with _replacing(folder / INDEX) as file:
+        with replacing(folder / INDEX) as file:
             file.write(json.dumps(index, indent=2).encode() + b"\n")
     except OSError as e:
         raise CheckpointError(f"cannot write to {folder}: {e.strerror or e}.") from e
@@ -156,18 +155,6 @@ def map_file(
 def fits_numpy(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     """Whether there can be such an array; one that holds nothing can be too large too."""
     return len(shape) <= 32 and math.prod(max(n, 1) for n in shape) * dtype.itemsize < 2**63
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file to read bytes from, or a link to one; devices and pipes are refused without a wait."""
-    try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if stat.S_ISREG(os.fstat(number).st_mode):
-            return os.fdopen(number, "rb")
-        os.close(number)
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}.") from None
-    raise CheckpointError(f"{path} is no regular file; remove it, or download it again.")
 
 
 def _open_file(path: Path) -> dict[str, Stored]:
@@ -204,13 +191,8 @@ def _reader(
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON:
-            raise _damaged(path, f"it is over {MAX_JSON} bytes")
-        data = file.read(size)
     try:
-        index = _json(data)
+        index = _json(read_capped(path, MAX_JSON))
     except (ValueError, RecursionError) as e:
         raise _damaged(path, str(e)) from None
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -245,7 +227,7 @@ def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered:
             _write_tensor(file, name, tensor)
@@ -257,20 +239,6 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Stored) -> None:
     if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
         raise ValueError(f"{name} is {array.dtype}{array.shape}, not as announced: {tensor}")
     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is whole, and is on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _what_is_there(folder: Path) -> str:

@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxformer import run
 from jaxformer.errors import CheckpointError
+from jaxformer.files import writing
 from jaxformer.training import manifest
 
 warn = logging.getLogger(__name__).warning
@@ -61,7 +61,7 @@ class Checkpoints:
         self._report = report
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        with run.writing(run_dir):
+        with writing(run_dir):
             self._dir.mkdir(parents=True, exist_ok=True)
         for step in set(manifest.begun(self._dir)) - set(self.steps()):
             path = self._dir / str(step)
@@ -114,7 +114,7 @@ class Checkpoints:
         """
         self.wait()
         if jax.process_index() == 0:
-            with run.writing(self._dir):
+            with writing(self._dir):
                 manifest.amend(self._dir / str(step), {"loss": float(loss), "meta": meta})
             self._prune(self.steps()[-1])
         _barrier("amended")
@@ -234,7 +234,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     The operating system lets go of the lock when its process ends, however it ends.
     """
     path = Path(run_dir) / "lock"
-    with run.writing(run_dir):
+    with writing(run_dir):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     with file:

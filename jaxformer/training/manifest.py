@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jaxformer import run
 from jaxformer.errors import CheckpointError
+from jaxformer.files import write_atomically
 
 NAME = "manifest.json"
 
@@ -50,7 +50,7 @@ def amend(path: Path, changes: dict[str, Any]) -> None:
 
 def _write(path: Path, manifest: dict[str, Any]) -> None:
     signed = {"sha256": _sha256(manifest), "manifest": manifest}
-    run.write_atomically(path / NAME, json.dumps(signed, indent=1))
+    write_atomically(path / NAME, json.dumps(signed, indent=1))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import rich.progress
 from rich.console import Console
 
 from jaxformer import run
+from jaxformer.files import write_atomically, writing
 
 Value = float | int | str
 BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -39,8 +40,8 @@ class Report:
             and (evaluated or "eval/loss" not in line)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        with run.writing(run_dir):
-            run.write_atomically(self._path, text)
+        with writing(run_dir):
+            write_atomically(self._path, text)
             self._file = self._path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._console = Console(highlight=False, emoji=False)
@@ -63,7 +64,7 @@ class Report:
         if not self._lead:
             return
         self._bar.stop()
-        with run.writing(self._path.parent):
+        with writing(self._path.parent):
             self._file.close()
             self._board.close()
 
@@ -76,7 +77,7 @@ class Report:
         """Write one line of metrics everywhere."""
         if not self._lead:
             return
-        with run.writing(self._path.parent):
+        with writing(self._path.parent):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
         for name, value in metrics.items():
@@ -99,7 +100,7 @@ class Report:
     def plot(self) -> None:
         """Draw the losses so far as loss.png."""
         if self._lead:
-            with run.writing(self._path.parent):
+            with writing(self._path.parent):
                 draw_losses(read_metrics(self._path), self._path.with_name("loss.png"))
 
 

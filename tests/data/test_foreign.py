@@ -22,8 +22,7 @@ from tiny_tokenizers import (
 )
 
 from jaxformer.config import DataConfig
-from jaxformer.data import pipeline, tasks
-from jaxformer.data import tokenizer as tokenizers
+from jaxformer.data import foreign, pipeline, tasks
 from jaxformer.data.foreign import ForeignTokenizer, from_files, read_tokenizer
 from jaxformer.data.sources import Example
 from jaxformer.data.special_tokens import refusing
@@ -227,7 +226,7 @@ def test_missing_and_oversized_files_are_refused_by_name(
     with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
         read_tokenizer(folder, config, {})
     write(tmp_path, KINDS[kind])
-    monkeypatch.setattr(tokenizers, "MAX_BYTES", 500)
+    monkeypatch.setattr(foreign, "MAX_BYTES", 500)
     with pytest.raises(DataError, match="too much"):
         read_tokenizer(folder, config, {})
 

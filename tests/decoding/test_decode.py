@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_decoder import EOS, LENGTH, PAD, QUICK, hypotheses, run, strategy_named, toy
+from toy_decoder import EOS, LENGTH, PAD, hypotheses, run, strategy_named, toy
 
 from jaxformer.decoding.loop import Finish
 from jaxformer.decoding.processors import chain, min_length, min_p, temperature, top_k, top_p
@@ -68,7 +68,7 @@ def test_hypotheses_are_sorted_and_padded_after_their_end(name, width, seed):
 def test_the_chunk_changes_nothing(name, width):
     """One chunk of seven, or two of four of which the last step is too much."""
     model, strategy = toy(3, eos=-1.0), strategy_named(name, width, 0.6)
-    small = jax.jit(lambda model: model.decode(strategy, chunk=4), compiler_options=QUICK)(model)
+    small = jax.jit(lambda model: model.decode(strategy, chunk=4))(model)
     assert_equal(small, run(model, name, width))
     assert small.tokens.shape[-1] == LENGTH
 
@@ -181,7 +181,7 @@ def test_finished_rows_cost_no_steps(name, width):
 
     model, strategy = toy(0, eos=20.0), strategy_named(name, width, 0.0)
     decode = partial(model.decode, strategy, length=64, chunk=4, step=counted)
-    jax.block_until_ready(jax.jit(decode, compiler_options=QUICK)())
+    jax.block_until_ready(jax.jit(decode)())
     jax.effects_barrier()
     assert sorted(steps) == [0, 1, 2, 3]
 
@@ -189,7 +189,7 @@ def test_finished_rows_cost_no_steps(name, width):
 def test_the_body_is_traced_once_and_numbers_never_recompile():
     traces = []
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(model, t, k, p, floor, alpha, least, seed):
         def counted(*arguments):
             traces.append(1)

@@ -14,7 +14,6 @@ from jaxformer.decoding.processors import automaton, ban, chain, min_length
 
 PAD, EOS = 3, 1
 LENGTH = 7
-QUICK = {"xla_backend_optimization_level": 0}
 """These tests compile more than they run."""
 
 
@@ -142,4 +141,4 @@ def compiled(name, width, norm, length, constrained):
             strategy, processor, length=length, limit=options.limit, keys=options.keys
         )
 
-    return jax.jit(decode, compiler_options=QUICK)
+    return jax.jit(decode)

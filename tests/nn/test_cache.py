@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_configs import (
     DECODERS,
-    QUICK,
     VOCAB,
     as_tokens,
     batch_for,
@@ -31,7 +30,7 @@ LENGTH, SOURCE = PROMPT + STEPS, 5
 SOURCES = (3, SOURCE)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def prefill(config, params, cache, tokens, source):
     """Logits of `tokens`, whose source (if any) is read first, and the cache with them in it."""
     memory = seg = None
@@ -42,7 +41,7 @@ def prefill(config, params, cache, tokens, source):
     return apply(config, params, hidden, method="unembed"), cache
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def step(config, params, cache, tokens, parent):
     params = unstack(params)
     cache = caches.follow(cache, parent)

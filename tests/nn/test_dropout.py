@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from random_configs import QUICK, VOCAB, batch_for, random_params, random_tokens
+from random_configs import VOCAB, batch_for, random_params, random_tokens
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn.attention import Attention
@@ -21,7 +21,7 @@ TOKENS = random_tokens(np.random.default_rng(0), 2, 6)
 PARAMS, BATCH = random_params(OFF, 0), batch_for(OFF, TOKENS, TOKENS)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 1))
 def apply(config, deterministic, rngs):
     return Transformer(config, deterministic).apply({"params": PARAMS}, BATCH, rngs=rngs)
 
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
 def test_dropout_keeps_the_mean(module):
     """Outputs are linear in what is dropped: attention weights, and the feed-forward layer's."""
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def outputs(x, keys):
         variables = nn.unbox(module(True).init(jax.random.key(2), x))
         dropped = jax.vmap(lambda key: module(False).apply(variables, x, rngs={"dropout": key}))

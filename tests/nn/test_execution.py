@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_USERS
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from random_configs import (
-    QUICK,
     VOCAB,
     batch_for,
     examples,
@@ -55,7 +55,7 @@ def loss(config, params, data):
     return jnp.square(out).mean(), out
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def run(config, params, data):
     """Logits, and gradients of their mean square."""
     grads, out = jax.grad(partial(loss, config), has_aux=True)(params, data)
@@ -83,7 +83,7 @@ def test_recomputation_drops_the_same_again(remat):
     config = dataclasses.replace(CONFIG, dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3)
     params, data = random_params(CONFIG, 0), batch(CONFIG)
 
-    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @partial(jax.jit, static_argnums=0)
     def gradient(config, key):
         def loss(params):
             model = transformer.Transformer(config, deterministic=False)
@@ -131,7 +131,8 @@ def test_compilation_changes_nothing():
     params, data = random_params(CONFIG, 0), batch(CONFIG)
     with jax.disable_jit():
         eager = transformer.apply(CONFIG, params, data)
-    assert_close(run(CONFIG, params, data)[0], eager)
+    compiled = jax.jit(transformer.apply, static_argnums=0, compiler_options=AS_USERS)
+    assert_close(compiled(CONFIG, params, data), eager)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from hypothesis import given
-from random_configs import QUICK, abstract_params, examples, model_configs
+from random_configs import abstract_params, examples, model_configs
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn import transformer
@@ -53,7 +53,7 @@ FANS = {
 }
 
 
-jitted_init = jax.jit(transformer.init, static_argnums=0, compiler_options=QUICK)
+jitted_init = jax.jit(transformer.init, static_argnums=0)
 
 
 def initial(config, seed=0):

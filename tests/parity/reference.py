@@ -37,12 +37,13 @@ def parameter(name: str, ndim: int, config: Any, lively: bool) -> tuple[float, f
     so that rounding grows: transformers itself is then off by 1e-3 from what it is in float64.
     """
     width = config.hidden_size**-0.5
-    if name.endswith("bias") or ndim == 1:
-        return float(name.endswith("weight")), 0.2
+    gemma = "gemma" in config.model_type
+    if name.endswith("bias") or ndim == 1:  # Gemma adds the 1 itself
+        return float(name.endswith("weight") and not gemma), 0.2
     if "pos" in name or "wpe" in name:
         return 0.0, 1.0
     if any(part in name for part in ("embed", "shared", "wte", "lm_head")):
-        scaled = "gemma" in config.model_type or getattr(config, "scale_embedding", False)
+        scaled = gemma or getattr(config, "scale_embedding", False)
         return 0.0, 0.12 if scaled else 0.5 if lively else 0.4
     if not lively:  # T5 has no scale of attention but this one
         return 0.0, (0.4 if name.endswith(".q.weight") else 1.0) * width
