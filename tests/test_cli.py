@@ -276,6 +276,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_directory_from_elsewhere_generates(command: Any, elsewhere: Path):
     for kind in ("t5", "llama"):
         where = ("--run", str(elsewhere / kind))
@@ -307,6 +308,7 @@ def test_lines_are_chats(command: Any, elsewhere: Path):
     assert code == 3 and "has no chat template" in errors
 
 
+@pytest.mark.slow
 def test_the_dtype_asked_for(command: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     asked, really = [], loading.load
 
@@ -407,6 +409,7 @@ def test_embed_finds_out_first(
     assert command("embed", "--run", str(elsewhere / "bare"))[0] == 2  # no output
 
 
+@pytest.mark.slow
 def test_embed_of_a_run(command: Any, tmp_path: Path):
     config = tiny.masked(tmp_path / "run")
     loop.fit(dataclasses.replace(config, steps=1, eval_every=9, save_every=9))
@@ -416,6 +419,7 @@ def test_embed_of_a_run(command: Any, tmp_path: Path):
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), wanted)
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(command: Any, elsewhere: Path, tmp_path: Path):
     run_dir, back = str(tmp_path / "run"), str(tmp_path / "back")
     code, out, errors = command("convert", str(elsewhere / "t5"), run_dir)

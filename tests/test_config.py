@@ -88,6 +88,7 @@ def holder(options: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.slow
 def test_every_option_of_another_type_is_named():
     for path in PATHS:
         options = json.loads(to_json(DEFAULT))

@@ -237,6 +237,7 @@ def test_max_length_and_the_default_options():
 # A trained run.
 
 
+@pytest.mark.slow
 def test_a_run_loads():
     run_dir = tiny.reversing_run()
     trained = jaxformer.load(str(run_dir))

@@ -236,6 +236,7 @@ def test_other_models_are_refused(kind: str):
             model.generate(["a"])
 
 
+@pytest.mark.slow
 def test_float16_and_bfloat16_embed_in_float32():
     full = foreign.model("bare").embed(TEXTS[:2])
     for dtype in ("bfloat16", "float16"):

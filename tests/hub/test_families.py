@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,17 @@ def small(family: Family, kind: str) -> dict[str, Any]:
     return {"model_type": family.model_type, "architectures": [kind], "vocab_size": 31, **sizes}
 
 
+@cache
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter."""
+    return shapes(abstract_params(config, None))
+
+
 def random_leaves(config: ModelConfig, seed: int = 0) -> dict[str, Stored]:
     rng = np.random.default_rng(seed)
     return {
         path: in_memory(rng.normal(size=shape).astype(np.float32))
-        for path, shape in shapes(abstract_params(config, None)).items()
+        for path, shape in shapes_of(config).items()
     }
 
 
@@ -67,7 +74,7 @@ def test_padding_of_the_vocabulary_is_undone(family, kind):
     padded = dataclasses.replace(config, vocab_size=config.vocab_size + 5, vocab_padding=5)
     leaves = random_leaves(config)
     tensors = engine.export(family, config, leaves, prefixed=True)
-    wanted = shapes(abstract_params(padded, None))
+    wanted = shapes_of(padded)
     bound = engine.bind(family, padded, wanted, tensors, "here")
     more = {path: whole(leaf) for path, leaf in bound.items()}
     table = more["embed/embedding"]
@@ -77,6 +84,7 @@ def test_padding_of_the_vocabulary_is_undone(family, kind):
         np.testing.assert_array_equal(again[name].read(), tensor.read(), err_msg=name)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=40)
 def test_any_part_of_a_leaf_can_be_read(data):
@@ -105,7 +113,7 @@ def test_all_that_does_not_fit_is_listed_at_once(family, kind):
     broken[other] = in_memory(np.zeros((*shape, 2), np.float32))
     broken[f"{family.prefix}surprise"] = in_memory(np.zeros(3, np.float32))
     with pytest.raises(CheckpointError) as caught:
-        engine.bind(family, config, shapes(abstract_params(config, None)), broken, "the folder")
+        engine.bind(family, config, shapes_of(config), broken, "the folder")
     message = str(caught.value)
     assert f"missing:\n    {one}" in message
     assert "surprise [3]" in message
@@ -136,6 +144,7 @@ def test_no_config_is_believed(choice, data):
     assert max(config.d_model, config.d_ff, config.vocab_size, config.max_length) <= 2**26
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(
     ["max_new_tokens", "max_length", "min_length", "num_beams", "length_penalty", "do_sample",
      "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",

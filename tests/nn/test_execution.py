@@ -78,7 +78,7 @@ def test_loops_and_recomputation_change_nothing(way):
         assert abs(grad).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_recomputation_drops_the_same_again(remat):
     config = dataclasses.replace(CONFIG, dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3)
     params, data = random_params(CONFIG, 0), batch(CONFIG)
@@ -153,6 +153,7 @@ DTYPES = [
 ]
 
 
+@pytest.mark.slow
 @examples(6)
 @given(model_configs(max_layers=1), st.sampled_from(DTYPES))
 def test_no_type_is_promoted_by_accident(config, dtypes):

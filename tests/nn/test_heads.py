@@ -9,9 +9,10 @@ import pytest
 from random_configs import as_tokens, random_params, random_tokens
 from toy_models import toy, toy_batch, toy_params
 
-from jaxformer.nn.transformer import apply
+from jaxformer.nn import transformer
 from jaxformer.types import Batch
 
+apply = jax.jit(transformer.apply, static_argnums=0, static_argnames="method")
 rng = np.random.default_rng(0)
 LABELS = ("no", "yes", "maybe")
 
@@ -74,6 +75,7 @@ def test_an_empty_row_has_a_finite_embedding():
     assert np.isfinite(apply(config, toy_params(config), nothing, method="embedding")).all()
 
 
+@pytest.mark.slow
 def test_each_side_has_its_own_table():
     config = toy("encoder-decoder", source_vocab_size=16)
     params, batch = toy_params(config), toy_batch(config)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_models import toy, toy_batch, toy_params
+from toy_models import LAYERS, toy, toy_batch, toy_params
 
 from jaxformer import sharding
 from jaxformer.config import MeshConfig, ModelConfig, OptimConfig
@@ -154,14 +154,8 @@ def nothing_to_learn(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "encoder-decoder",
-        pytest.param("decoder-only", marks=pytest.mark.slow),
-        pytest.param("encoder-only", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_to_learn_is_a_loss_of_zero(kind):
     config = toy(kind, norm="rms", position="none")
     step = stepper(config)
