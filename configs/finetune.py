@@ -10,12 +10,9 @@ learns from two files, line by line; a decoder or an encoder from one, each line
 """
 
 import os
-from typing import Any
 
 from jaxformer import DataConfig, OptimConfig, TrainConfig, read_config, read_decode
 from jaxformer.errors import ConfigError
-
-TASKS: dict[str, Any] = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
 
 
 def get_config() -> TrainConfig:
@@ -34,7 +31,7 @@ def get_config() -> TrainConfig:
         model=model,
         data=DataConfig(
             source="parallel" if model.kind == "encoder-decoder" else "text",
-            task=TASKS[model.kind],
+            task=model.task,
             lines=True,
             buckets=(longest // 4, longest // 2, longest),
             batch_tokens=16 * longest,

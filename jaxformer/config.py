@@ -310,6 +310,17 @@ class ModelConfig:
         return "encoder-only" if self.n_encoder_layers else "decoder-only"
 
     @property
+    def task(self) -> Literal["seq2seq", "lm", "mlm"]:
+        """What a model of this kind learns."""
+        match self.kind:
+            case "encoder-decoder":
+                return "seq2seq"
+            case "decoder-only":
+                return "lm"
+            case "encoder-only":
+                return "mlm"
+
+    @property
     def kv_heads(self) -> int:
         """Number of key/value heads, K."""
         return self.n_kv_heads or self.n_heads
@@ -587,11 +598,10 @@ class TrainConfig:
             f"run_dir is {self.run_dir}; it must be a folder (mount remote storage as one).",
         )
         in_range(self, "eval_examples", 0)
-        task = {"encoder-decoder": "seq2seq", "decoder-only": "lm", "encoder-only": "mlm"}
         require(
-            task[self.model.kind] == self.data.task,
+            self.model.task == self.data.task,
             f"data.task is {self.data.task}, but the {self.model.kind} model learns "
-            f"{task[self.model.kind]}; change data.task or the model's layer counts.",
+            f"{self.model.task}; change data.task or the model's layer counts.",
         )
         require(
             self.model.max_length >= self.data.buckets[-1],

@@ -24,12 +24,6 @@ from jaxformer.model import Model, Origin
 from jaxformer.nn import lora, transformer
 from jaxformer.training.checkpoint import restore_params
 
-TASKS: Mapping[str, Any] = {
-    "encoder-decoder": "seq2seq",
-    "decoder-only": "lm",
-    "encoder-only": "mlm",
-}
-
 
 def load(
     path: str | Path,
@@ -145,7 +139,7 @@ def _load_folder(
     found = inspecting.open_folder(path)
     tokenizer = inspecting.folder_tokenizer(found, path)
     config, params = _read_weights(found, str(path), dtype, mesh, max_length)
-    data = DataConfig(task=TASKS[config.kind], buckets=(min(128, config.max_length),))
+    data = DataConfig(task=config.task, buckets=(min(128, config.max_length),))
     return Model(config, params, tokenizer, data, found.decode, _origin(found))
 
 

@@ -49,6 +49,13 @@ def stateless(function: Callable[[Array], Array]) -> Processor:
     return Processor(lambda b, w: (), lambda logits, _: function(logits), lambda state, _: state)
 
 
+def _counting(function: Callable[[Array, Array], Array]) -> Processor:
+    """A processor that needs the logits and how many tokens stand before them, "B W"."""
+    return Processor(
+        lambda b, w: jnp.zeros((b, w), jnp.int32), function, lambda count, _: count + 1
+    )
+
+
 def _when(condition: bool | Bool[Array, ""], function: Callable[[Array], Array]) -> Processor:
     """`function` if the traced `condition` holds; else nothing is computed."""
     return stateless(lambda logits: jax.lax.cond(condition, function, lambda x: x, logits))
@@ -118,15 +125,21 @@ def ban(mask: Bool[Array, " V"]) -> Processor:
     return stateless(lambda logits: jnp.where(mask[None, None], -jnp.inf, logits))
 
 
+def ban_at(mask: Bool[Array, " V"], at: int) -> Processor:
+    """Forbid every token whose mask is true, as token number `at` only, counted from 0."""
+    return _counting(
+        lambda logits, count: jnp.where((count == at)[..., None] & mask, -jnp.inf, logits)
+    )
+
+
 def min_length(least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, " E"]) -> Processor:
     """Forbid the ends of sequence until `least` tokens stand before them."""
-    ends = jnp.asarray(eos_ids)
 
-    def apply(logits, length):
-        early = jnp.where((length < least)[..., None], -jnp.inf, logits[..., ends])
-        return logits.at[..., ends].set(early, mode="drop", wrap_negative_indices=False)
+    def apply(logits, count):
+        ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.asarray(eos_ids))
+        return jnp.where((count < least)[..., None] & ends, -jnp.inf, logits)
 
-    return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda length, _: length + 1)
+    return _counting(apply)
 
 
 def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
@@ -141,16 +154,7 @@ def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
         certain = jax.nn.logsumexp(logits, -1, keepdims=True)
         return jnp.where(now, jnp.where(ids == token, certain, -jnp.inf), logits)
 
-    return Processor(lambda b, w: jnp.zeros((b, w), jnp.int32), apply, lambda count, _: count + 1)
-
-
-def ban_at(mask: Bool[Array, " V"], at: int) -> Processor:
-    """Forbid every token whose mask is true, as token number `at` only, counted from 0."""
-    return Processor(
-        lambda b, w: jnp.zeros((b, w), jnp.int32),
-        lambda logits, count: jnp.where((count == at)[..., None] & mask, -jnp.inf, logits),
-        lambda count, _: count + 1,
-    )
+    return _counting(apply)
 
 
 def automaton(following: Int[Array, "S V"]) -> Processor:
