@@ -14,7 +14,6 @@ from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
 from jaxformer.converting import export
 from jaxformer.data.foreign import ForeignTokenizer, from_files
 from jaxformer.data.tokenizer import train_sentencepiece
-from jaxformer.loading import TASKS
 from jaxformer.model import Model
 
 SIZE: dict[str, Any] = dict(d_model=8, d_ff=12, n_heads=2, max_length=24)
@@ -76,7 +75,7 @@ def model(kind: str, **options: Any) -> Model:
     """A model with lively parameters, in nothing but its tokenizer from elsewhere."""
     pieces = tokenizer(kind)
     config = dataclasses.replace(CONFIGS[kind], vocab_size=pieces.vocab_size, **options)
-    data = DataConfig(task=TASKS[config.kind], buckets=(config.max_length,))
+    data = DataConfig(task=config.task, buckets=(config.max_length,))
     # Without what they have in common, so that what is read changes what is said.
     params = jax.tree.map(lambda leaf: (2 * leaf - 0.2).astype(leaf.dtype), toy_params(config))
     return Model(config, params, pieces, data, DecodeConfig(max_length=6, batch_size=4))

@@ -22,7 +22,6 @@ from jaxformer.converting import convert, export, save, their_generation
 from jaxformer.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer
 from jaxformer.errors import CheckpointError, ConfigError, DataError
 from jaxformer.hub import folder
-from jaxformer.loading import TASKS
 from jaxformer.model import Model
 
 pytestmark = pytest.mark.slow  # each trains or writes models, seconds at a time
@@ -55,7 +54,7 @@ NATIVE: dict[str, tuple[str, ModelConfig]] = {
 def native(config: ModelConfig, tokenizer: Tokenizer = LETTERS, **options: Any) -> Model:
     """A model as training makes it here."""
     config = replace(config, vocab_size=tokenizer.vocab_size, **options)
-    data = DataConfig(task=TASKS[config.kind], buckets=(8,))
+    data = DataConfig(task=config.task, buckets=(8,))
     return Model(config, toy_params(config), tokenizer, data, DecodeConfig(max_length=5))
 
 
