@@ -9,6 +9,9 @@ from typing import BinaryIO
 
 from jaxformer.errors import CheckpointError, UserError
 
+MAX_JSON = 16 * 2**20
+"""Bytes of a config, a header or an index: twice what the largest models have."""
+
 
 def open_regular(path: Path, error: type[UserError] = CheckpointError) -> BinaryIO:
     """A file to read bytes from, or a link to one; devices and pipes are refused without a wait.
@@ -30,7 +33,10 @@ def read_capped(path: Path, most: int, error: type[UserError] = CheckpointError)
     with open_regular(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise error(f"{path} has {size} bytes, over {most}: too much for what it should be.")
+            raise error(
+                f"{path} has {size} bytes, over {most}: too much for what it should be. "
+                "Is it another file?"
+            )
         try:
             return file.read(size)
         except OSError as e:

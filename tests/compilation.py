@@ -5,7 +5,7 @@ QUICK = (
     "--xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
-"""XLA's flags for it: a third of the time. `conftest.py` sets them for all tests."""
+"""XLA's flags for it: less than half the time. `conftest.py` sets them for all tests."""
 
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 """The `compiler_options` of a function that is compiled as anywhere else."""

@@ -5,19 +5,20 @@ Only JSON and safetensors are read; a config may name code (`auto_map`), which s
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxformer.config import DecodeConfig, ModelConfig, from_json, hint
 from jaxformer.errors import CheckpointError, ConfigError
-from jaxformer.files import read_capped
+from jaxformer.files import MAX_JSON, read_capped
 from jaxformer.hub.engine import settle_head
 from jaxformer.hub.families import FAMILIES
 from jaxformer.hub.family import Family, read_config
 from jaxformer.hub.gguf_model import open_gguf
 from jaxformer.hub.gguf_tokenizer import gguf_tokenizer_files
-from jaxformer.hub.tensors import MAX_JSON, Stored, open_safetensors
+from jaxformer.hub.tensors import Stored, open_safetensors
 
 CONFIG, GENERATION, GGUF = "config.json", "generation_config.json", ".gguf"
 TOKENIZER = "tokenizer_config.json"
@@ -49,7 +50,7 @@ class Folder(NamedTuple):
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path looks like a checkpoint of another library."""
-    return path.suffix == GGUF or (path / CONFIG).is_file()
+    return path.suffix == GGUF or os.path.isfile(path / CONFIG)
 
 
 def open_checkpoint(path: Path) -> Folder:
@@ -178,7 +179,7 @@ def decode_config(
         return from_json(DecodeConfig, json.dumps(fields), where)
     except ConfigError as e:
         raise CheckpointError(f"{where}: {e}") from None
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as e:
         raise CheckpointError(f"{where} is malformed: {e}; download it again.") from None
 
 

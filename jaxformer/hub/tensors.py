@@ -19,15 +19,12 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from jaxformer.errors import CheckpointError
-from jaxformer.files import open_regular, read_capped, replacing
+from jaxformer.files import MAX_JSON, open_regular, read_capped, replacing, writing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 OTHERS = {".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".safetensors"}
-
-MAX_JSON = 16 * 2**20
-"""Bytes of a header or an index: twice what the largest models have."""
 
 DTYPES = {
     name: np.dtype(dtype)
@@ -117,7 +114,7 @@ def write_safetensors(
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if len(shards) == 1:
             _write_file(folder / WEIGHTS, tensors)
@@ -131,8 +128,6 @@ def write_safetensors(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         with replacing(folder / INDEX) as file:
             file.write(json.dumps(index, indent=2).encode() + b"\n")
-    except OSError as e:
-        raise CheckpointError(f"cannot write to {folder}: {e.strerror or e}.") from e
 
 
 def in_memory(array: Shaped[np.ndarray, "..."]) -> Stored:

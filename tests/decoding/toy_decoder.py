@@ -14,7 +14,6 @@ from jaxformer.decoding.processors import automaton, ban, chain, min_length
 
 PAD, EOS = 3, 1
 LENGTH = 7
-"""These tests compile more than they run."""
 
 
 class Toy(NamedTuple):
@@ -63,7 +62,10 @@ class Toy(NamedTuple):
 def toy(seed, rows=2, vocabulary=5, eos=0.0):
     """Random weights; `eos` is added to the end's logits, more or less."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     made = Toy(draw(6, 6) / 2, draw(vocabulary, 6), draw(6, vocabulary), draw(rows, 6))
     made.embed[:, 0] = made.start[:, 0] = 2.0
     made.out[0, EOS] += eos

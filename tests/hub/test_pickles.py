@@ -297,6 +297,7 @@ def test_attacks_would_work(tmp_path, monkeypatch):
     for name in ("os.system", "posix.system", "inst", "obj", "eval", "exec", "subprocess",
                  "nested"):  # fmt: skip
         pickle.loads(attacks("mark")[name])
+        assert (tmp_path / "mark").exists(), name
         (tmp_path / "mark").unlink()
 
 

@@ -67,7 +67,7 @@ def of_theirs(pair: Pair, side: str) -> tuple[dict[str, np.ndarray], Batch]:
     """The same batch of ragged rows, padded on one side, for them and for us."""
     rng, config, kind = np.random.default_rng(0), pair.theirs.config, pair.ours.config.kind
     there = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    there = there if side == "right" else there[:, ::-1].copy().copy()
+    there = there if side == "right" else there[:, ::-1].copy()
     pos = np.maximum(there.cumsum(1) - 1, 0)
     if kind == "encoder-decoder":  # where theirs count the padding
         pos = np.broadcast_to(np.arange(max(LENGTHS)), there.shape)

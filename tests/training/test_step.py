@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_USERS
 from toy_models import LAYERS, toy, toy_batch, toy_params
 
 from jaxformer import sharding
@@ -85,11 +86,12 @@ def test_is_deterministic(step):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(step):
+def test_compiled_equals_eager():
     batch, tx = toy_batch(CONFIG), make_optimizer(CONFIG, OPTIM, 100)
     with jax.disable_jit():
         state, metrics = train_step(CONFIG, OPTIM, tx, 1, start(CONFIG), batch)
-    compiled, expected = step(start(CONFIG), batch)
+    update = partial(train_step, CONFIG, OPTIM, tx, 1)
+    compiled, expected = jax.jit(update, compiler_options=AS_USERS)(start(CONFIG), batch)
     close(metrics, expected, 1e-5)
     close(state.params, compiled.params, 1e-4)
 
