@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import runpy
 import types
@@ -21,6 +22,8 @@ Config = TypeVar("Config")
 DType = Literal["float32", "bfloat16", "float16"]
 LARGEST = 2**26
 """Size of any axis: configs come from elsewhere too, and are believed before anything is read."""
+MOST_HYPOTHESES = 2**16
+"""Of one text at once."""
 WIDEST = 2**20
 """Size of a model's or head's width, of which tables of frequencies are made before that, too."""
 
@@ -502,9 +505,11 @@ class DecodeConfig:
     """Most texts decoded at once."""
 
     def __post_init__(self) -> None:
-        for name in ("beams", "n_best", "batch_size"):
-            in_range(self, name, 1)
-        for name in ("samples", "top_k", "max_length", "min_length", "seed"):
+        in_range(self, "batch_size", 1)
+        for name in ("beams", "n_best"):
+            in_range(self, name, 1, MOST_HYPOTHESES)
+        in_range(self, "samples", 0, MOST_HYPOTHESES)
+        for name in ("top_k", "max_length", "min_length", "seed"):
             in_range(self, name, 0, 2**31 - 1)
         in_range(self, "temperature", 0, 1e6)
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
@@ -623,9 +628,10 @@ def to_json(config: Any) -> str:
 def from_json(kind: type[Config], text: str, where: str = "config") -> Config:
     """A config of class `kind` from `to_json`'s text; unknown or mistyped fields are errors."""
     try:
-        return _build(kind, json.loads(text), where)
-    except json.JSONDecodeError as e:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{where} is not JSON: {e}") from None
+    return _build(kind, value, where)
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -645,7 +651,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             value in args, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}."
         )
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     require(type(value) is kind, f"{where} must be of type {kind.__name__}, not {value!r}.")
     return value
@@ -677,7 +683,7 @@ def load(argv: list[str]) -> TrainConfig:
 def read_config_file(path: str) -> TrainConfig:
     """Run a config file and return what its `get_config()` returns."""
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path's, quiet about names too long
         here = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise ConfigError(f"there is no config file {path}.{hint(path, here)}")
     get_config = runpy.run_path(path).get("get_config")

@@ -170,7 +170,9 @@ def _constraints(
         parts.append(processors.forced(first, 0))
     if last >= 0:
         parts.append(processors.forced(last, limit - 1))
-    parts.append(processors.min_length(numbers.min_length, method.stop_ids))
+    # A forced end stands, however few tokens there is room for.
+    least = jnp.minimum(numbers.min_length, limit - 1) if last >= 0 else numbers.min_length
+    parts.append(processors.min_length(least, method.stop_ids))
     if method.suppress:
         parts.append(processors.ban(mask(method.suppress)))
     if method.suppress_first:  # the first that is free

@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from jaxformer.config import TrainConfig, from_json, to_json
 from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
 from jaxformer.errors import CheckpointError
-from jaxformer.files import write_atomically, writing
+from jaxformer.files import MAX_JSON, read_capped, write_atomically, writing
 
 CONFIG, TOKENIZER, VERSIONS, METRICS = "config.json", "tokenizer", "run.json", "metrics.jsonl"
 ORIGIN = "origin.json"
@@ -24,7 +25,7 @@ MAY_CHANGE = {"run_dir", "steps", "log_every", "eval_every", "save_every", "keep
 
 def exists(run_dir: Path) -> bool:
     """Whether a run was begun in this directory."""
-    return (run_dir / VERSIONS).is_file()
+    return os.path.isfile(run_dir / VERSIONS)  # unlike Path's, quiet about names too long
 
 
 def create(run_dir: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -52,7 +53,7 @@ def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     try:
         expected = json.loads(_read(run_dir / VERSIONS))["tokenizer_hash"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f"{run_dir / VERSIONS} is damaged; restore it or retrain.") from None
     if tokenizer.hash != expected:
         raise CheckpointError(
@@ -113,6 +114,6 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return read_capped(path, MAX_JSON).decode()
+    except UnicodeDecodeError as e:
         raise CheckpointError(f"cannot read {path}: {e}") from None

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -262,6 +263,37 @@ def test_the_options_of_the_run_are_the_defaults(command: Any, tmp_path: Path):
         _, out, _ = command("generate", f"--run={tmp_path}/run", "--json", *options, given=b"abc")
         (hypothesis,) = json.loads(out)["hypotheses"]
         assert (hypothesis["finish"], len(hypothesis["ids"])) == ("limit", most)
+
+
+def test_an_option_of_sampling_samples_whatever_its_value(command: Any):
+    options = ("--max_length", "8")
+    one, same, other = (
+        command("generate", *RUN, *options, "--temperature", "1", "--seed", seed,
+                given=b"abc\n" * 20)[1]
+        for seed in "112"
+    )  # fmt: skip
+    assert one == same != other
+
+
+def test_a_path_that_cannot_be_is_no_run(command: Any):
+    code, out, errors = command("generate", "--run", "a" * 5000, given=b"abc")
+    assert (code, out) == (4, "") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps": ' + "9" * 5000 + "}"])
+def test_a_damaged_config_of_a_run_is_told(command: Any, text: str, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(text)
+    code, out, errors = command("generate", "--run", str(tmp_path / "run"), given=b"abc")
+    assert code in (2, 4) and not out and "config.json is not JSON" in errors
+
+
+def test_a_pipe_is_no_config(command: Any, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    os.mkfifo(tmp_path / "run" / "config.json")
+    code, out, errors = command("generate", "--run", str(tmp_path / "run"), given=b"abc")
+    assert (code, out) == (4, "") and "no regular file" in errors
 
 
 # Checkpoints from elsewhere.

@@ -234,6 +234,16 @@ def test_max_length_and_the_default_options():
     assert Counter(r.hypotheses[0].finish for r in results).keys() <= {"eos", "limit"}
 
 
+@pytest.mark.parametrize("way", [GREEDY, BEAMS], ids=["greedy", "beam"])
+def test_a_forced_end_stands_however_many_tokens_are_asked_for(way: DecodeConfig):
+    forced = dataclasses.replace(
+        way, max_length=4, min_length=4, forced_last=LETTERS.eos_id, n_best=1
+    )
+    for result in model("decoder-only").hypotheses(TEXTS[:4], forced):
+        (h,) = result.hypotheses
+        assert h.finish == "eos" and len(h.ids) == 4 and h.ids.index(LETTERS.eos_id) == 3
+
+
 # A trained run.
 
 

@@ -132,12 +132,15 @@ def ban_at(mask: Bool[Array, " V"], at: int) -> Processor:
     )
 
 
-def min_length(least: int | Int[Array, ""], eos_ids: Sequence[int] | Int[Array, " E"]) -> Processor:
-    """Forbid the ends of sequence until `least` tokens stand before them."""
+def min_length(
+    least: int | Int[Array, ""] | Int[Array, " B"], eos_ids: Sequence[int] | Int[Array, " E"]
+) -> Processor:
+    """Forbid the ends of sequence until `least` tokens of their row stand before them."""
 
     def apply(logits, count):
         ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.asarray(eos_ids))
-        return jnp.where((count < least)[..., None] & ends, -jnp.inf, logits)
+        early = count < jnp.reshape(least, (-1, 1))
+        return jnp.where(early[..., None] & ends, -jnp.inf, logits)
 
     return _counting(apply)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from functools import cache
 from typing import Any
 
@@ -142,6 +143,28 @@ def test_no_config_is_believed(choice, data):
         assert "config.json" in str(e)
         return
     assert max(config.d_model, config.d_ff, config.vocab_size, config.max_length) <= 2**26
+
+
+@pytest.mark.parametrize("kind", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen2ForCausalLM",
+                                  "BertForSequenceClassification"])  # fmt: skip
+def test_sizes_are_checked_before_anything_is_made_of_them(kind):
+    (family,) = (family for family, name in EVERY if name == kind)
+    huge = {"num_hidden_layers": 10**12, "use_sliding_window": True}
+    if kind.startswith("Bert"):
+        huge = {"num_labels": 10**12}
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="it must lie between 0 and"):
+        read_config(family, small(family, kind) | huge, "config.json")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_beams", 10**24), ("length_penalty", 10**400)])
+def test_sizes_of_generation_are_bounded(key, value):
+    family = FAMILIES["bart"]
+    config = read_config(family, small(family, "BartForConditionalGeneration"), "")
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        folder.decode_config(config, {}, {key: value}, "generation_config.json")
 
 
 @pytest.mark.slow

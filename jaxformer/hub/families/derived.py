@@ -8,6 +8,8 @@ from jaxformer.config import ModelConfig
 from jaxformer.hub.family import Derived
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MANY = 2**16
+"""More layers or classes than any model has."""
 
 
 def heads(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +64,14 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 ROPE = Derived(rope, write_rope)
 
 
+def numbers(theirs: Mapping[str, Any], key: str, usual: int | None = None) -> range:
+    """The numbers below one of theirs, which is checked before anything is made of it."""
+    n = theirs.get(key, usual)
+    if type(n) is not int or not 0 <= n <= MANY:
+        raise ValueError(f"{key} is {n!r}; it must lie between 0 and {MANY}")
+    return range(n)
+
+
 def layer_types(theirs: Mapping[str, Any], usual: list[str]) -> list[str]:
     """Which layers see all and which slide a window: as they say, or as is usual."""
     return theirs.get("layer_types") or usual
@@ -105,7 +115,7 @@ def labels(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if "Classification" not in str(theirs.get("architectures")):
         return {}
     names = theirs.get("id2label") or {
-        str(i): f"LABEL_{i}" for i in range(theirs.get("num_labels", 2))
+        str(i): f"LABEL_{i}" for i in numbers(theirs, "num_labels", 2)
     }
     return {"labels": [str(names[k]) for k in sorted(names, key=int)]}
 

@@ -13,6 +13,7 @@ from jaxformer.hub.families.derived import (
     SLIDING,
     heads,
     layer_types,
+    numbers,
     rope,
     windows,
     write_rope,
@@ -97,10 +98,10 @@ def _mistral(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    n, first = theirs["num_hidden_layers"], theirs.get("max_window_layers", 28)
+    layers, first = numbers(theirs, "num_hidden_layers"), theirs.get("max_window_layers", 28)
     if not theirs.get("use_sliding_window"):
         return {}
-    types = layer_types(theirs, [SLIDING if i >= first else FULL for i in range(n)])
+    types = layer_types(theirs, [SLIDING if i >= first else FULL for i in layers])
     return {"window": windows(types, theirs.get("sliding_window") or 4096)}
 
 
@@ -109,14 +110,14 @@ def _write_qwen(config: ModelConfig) -> dict[str, Any]:
 
 
 def _gemma2(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    usual = [FULL if i % 2 else SLIDING for i in range(theirs["num_hidden_layers"])]
+    usual = [FULL if i % 2 else SLIDING for i in numbers(theirs, "num_hidden_layers")]
     return {"window": windows(layer_types(theirs, usual), theirs.get("sliding_window") or 4096)}
 
 
 def _gemma3(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Layers that slide a window have a rotary base of their own, and are not stretched."""
     every = theirs.get("sliding_window_pattern") or 6
-    usual = [SLIDING if (i + 1) % every else FULL for i in range(theirs["num_hidden_layers"])]
+    usual = [SLIDING if (i + 1) % every else FULL for i in numbers(theirs, "num_hidden_layers")]
     types = layer_types(theirs, usual)
     given = theirs.get("rope_parameters") or {}
     near = {"rope_theta": theirs.get("rope_local_base_freq", 10000.0)}
