@@ -32,7 +32,8 @@ usage: jaxformer COMMAND [OPTIONS]        (jaxformer COMMAND --help lists its op
   convert    SOURCE TARGET [--family NAME]              a downloaded model to a run, or a run back
   tokenizer  --config FILE.py --output DIR              train a tokenizer on the training data
 
---run takes the run_dir of a training run, a Hugging Face directory, or a GGUF file.
+--run takes the run_dir of a training run, a Hugging Face directory, or a GGUF file;
+evaluate only the first, for it needs validation data.
 
 exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint or run directory, 5 numerics,
 75 stopped by SIGTERM or Ctrl-C (the same command resumes, or begins anew), 141 nobody reads on

@@ -3,6 +3,15 @@
 Every message says what is wrong, where, why, and what to try.
 """
 
+from collections.abc import Iterable
+
+
+def listed(names: Iterable[str], most: int = 50) -> str:
+    """The first `most` of some names in quotes, since a name may hold control codes."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
 
 class UserError(Exception):
     """A mistake or fault outside the program; `exit_code` is what every command exits with."""

@@ -37,12 +37,13 @@ def load(
     of a Hugging Face directory or GGUF file.
 
     `dtype` is that of parameters and arithmetic; without it, what the checkpoint has. On a `mesh`,
-    each device reads only its share, and the vocabulary is padded until the mesh divides it.
-    `max_length` is for models whose positions have no end of their own. Raises `CheckpointError`.
+    each device reads only its share; the vocabulary of what is no run is padded until the mesh
+    divides it. `max_length` is for models whose positions have no end of their own. Raises
+    `CheckpointError`.
     """
     path = Path(path)
     if run.exists(path):
-        return _load_run(path, step, dtype, mesh)
+        return _load_run(path, step, dtype, mesh, max_length)
     if step is not None:
         raise ConfigError(f"{path} is no training run, so it has no step {step}; leave step out.")
     return _load_folder(path, dtype, mesh, max_length)
@@ -61,9 +62,13 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
     )
 
 
-def _load_run(path: Path, step: int | None, dtype: DType | None, mesh: Mesh | None) -> Model:
+def _load_run(
+    path: Path, step: int | None, dtype: DType | None, mesh: Mesh | None, max_length: int | None
+) -> Model:
     config, tokenizer = run.read(path)
-    model = config.model
+    model = config.model if max_length is None else _longer(config.model, max_length)
+    if mesh is not None:
+        sharding.check_fits(model, mesh)
     params = restore_params(path, abstract_params(model, mesh), step)
     if model.lora_rank:
         model, params = lora.merge(model, params)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxformer.config import TrainConfig, from_json, to_json
 from jaxformer.data.tokenizer import Tokenizer, load_tokenizer
-from jaxformer.errors import CheckpointError
+from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.files import MAX_JSON, read_capped, write_atomically, writing
 
 CONFIG, TOKENIZER, VERSIONS, METRICS = "config.json", "tokenizer", "run.json", "metrics.jsonl"
@@ -49,7 +49,10 @@ def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
             f"{run_dir} is no run directory: it has no {VERSIONS}. "
             "Give the run_dir of a training run."
         )
-    config = from_json(TrainConfig, _read(run_dir / CONFIG), str(run_dir / CONFIG))
+    try:
+        config = from_json(TrainConfig, _read(run_dir / CONFIG), str(run_dir / CONFIG))
+    except ConfigError as e:
+        raise CheckpointError(f"{e} Restore the file, or retrain.") from None
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     try:
         expected = json.loads(_read(run_dir / VERSIONS))["tokenizer_hash"]
@@ -64,11 +67,14 @@ def read(run_dir: Path) -> tuple[TrainConfig, Tokenizer]:
     return config, tokenizer
 
 
-def write_origin(run_dir: Path, origin: dict[str, Any]) -> None:
-    """Keep what the checkpoint that a run is made from says of itself."""
+def write_origin(run_dir: Path, origin: dict[str, Any] | None) -> None:
+    """Keep what the checkpoint that a run is made from says of itself; None if there is none."""
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / ORIGIN, json.dumps(origin) + "\n")
+        if origin is None:
+            (run_dir / ORIGIN).unlink(missing_ok=True)
+        else:
+            write_atomically(run_dir / ORIGIN, json.dumps(origin) + "\n")
 
 
 def read_origin(run_dir: Path) -> dict[str, Any] | None:
@@ -77,7 +83,12 @@ def read_origin(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         match json.loads(_read(run_dir / ORIGIN)):
-            case {"config": dict(), "generation": dict(), "prefixed": bool(), **rest} as origin:
+            case {
+                "config": {"model_type": str()},
+                "generation": dict(),
+                "prefixed": bool(),
+                **rest,
+            } as origin:
                 if not rest:
                     return origin
     except (ValueError, RecursionError):

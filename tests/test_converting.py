@@ -303,6 +303,7 @@ def test_a_damaged_origin_is_refused(tmp_path: Path):
         "",
         "[]",
         '{"config": {}}',
+        '{"config": {}, "generation": {}, "prefixed": true}',
         '{"config": 1, "generation": {}, "prefixed": true}',
     ):
         (tmp_path / "run" / "origin.json").write_text(damaged)
@@ -344,3 +345,11 @@ def test_transformers_reads_what_was_trained_here(kind: str, tokenizer: str, tmp
     found = model.hypotheses([text])[0].hypotheses[0].ids
     assert written == [*([0] if kind == "t5" else wanted), *found]
     assert len(set(found)) > 1 or tokenizer == "letters"
+
+
+def test_positions_without_end_may_be_more_in_a_run_too(tmp_path: Path):
+    for kind in ("llama", "bert"):
+        save(foreign.model(kind), tmp_path / kind)
+    assert jaxformer.load(tmp_path / "llama", max_length=99).config.max_length == 99
+    with pytest.raises(ConfigError, match="max_length cannot be 99: the model has learned"):
+        jaxformer.load(tmp_path / "bert", max_length=99)

@@ -212,3 +212,12 @@ def test_what_was_converted_is_no_run_to_resume(tmp_path: Path):
     fit(tuning(tmp_path / "run", tmp_path / "other"))
     origin = jaxformer.load(tmp_path / "other").origin
     assert origin is not None and origin == jaxformer.load(tmp_path / "run").origin
+
+
+def test_a_run_begun_anew_has_no_origin_of_the_one_before(tmp_path: Path):
+    config = tuning(foreign.directory("llama", tmp_path / "base"), tmp_path / "run")
+    fit(config)
+    assert jaxformer.load(tmp_path / "run").origin is not None
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # killed before the first
+    fit(dataclasses.replace(config, init_from=""))
+    assert jaxformer.load(tmp_path / "run").origin is None

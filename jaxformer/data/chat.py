@@ -1,7 +1,8 @@
 """A conversation to the text that a chat model continues, by the template its makers wrote.
 
 A template is a program in a file from elsewhere: it runs in jinja2's sandbox, sees strings alone,
-and reaches neither Python nor the system.
+reaches neither Python nor the system, and writes no more than `MAX_TEXT`. How long it runs is not
+bounded; Ctrl-C ends it.
 """
 
 import json
@@ -11,6 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from jaxformer.errors import DataError
+
+MAX_TEXT = 2**24
+"""Characters of a conversation, or elements of a list that its template makes."""
 
 
 def render_chat(
@@ -30,19 +34,29 @@ def render_chat(
         if not all(type(x) is str for pair in message.items() for x in pair):
             raise DataError(f"message {i} of the chat must have strings only, as role and content.")
     try:
-        return _compile(template).render(
+        pieces = _compile(template).generate(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
             **specials,
         )
+        text = ""
+        for piece in pieces:
+            text += piece
+            _refuse_over(len(text))
+        return text
     except Exception as e:  # whatever a foreign program may raise
         why = " ".join(str(e).split())[:300] or type(e).__name__
         raise DataError(
             f"the chat template cannot render this conversation: {why}. It may want other roles, "
             "or user and assistant in turn; or the template itself is wrong."
         ) from None
+
+
+def _refuse_over(size: int) -> None:
+    if size > MAX_TEXT:
+        raise ValueError(f"it makes something longer than {MAX_TEXT}")
 
 
 @lru_cache(maxsize=8)
@@ -63,6 +77,19 @@ def _compile(template: str) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
+    class Environment(ImmutableSandboxedEnvironment):
+        """The sandbox, in which repetition and powers are no way to use up the memory."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            for many, times in ((left, right), (right, left)):
+                if operator == "*" and isinstance(times, int) and hasattr(many, "__len__"):
+                    _refuse_over(len(many) * times)
+            if operator == "**" and isinstance(left, int) and isinstance(right, int):
+                _refuse_over(left.bit_length() * right)
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -81,7 +108,7 @@ def _compile(template: str) -> Any:
             sort_keys=sort_keys,
         )
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson  # jinja2's own writes for HTML

@@ -18,10 +18,11 @@ ROBERTA = ("bart", "roberta")
 QWEN = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 MAX_GAP = 1000
 """Ids without a token that may lie before an added one."""
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_SPLIT = LLAMA_SPLIT.replace("{1,3}", "")  # digits one by one
 
 
 class Codec(Protocol):

@@ -7,13 +7,20 @@ import base64
 import binascii
 
 from jaxformer.data import special_tokens
-from jaxformer.data.codec import QWEN_SPLIT, BackendCodec, add_tokens, finish, rust, surround
+from jaxformer.data.codec import (
+    LLAMA_SPLIT,
+    QWEN_SPLIT,
+    BackendCodec,
+    add_tokens,
+    finish,
+    rust,
+    surround,
+)
 from jaxformer.data.special_tokens import AddedToken, Files, check_id, refusing
 from jaxformer.errors import DataError
 
 MAX_TOKEN = 256
 """Bytes of the longest token; the longest of any published file has 128."""
-LLAMA_SPLIT = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 LLAMA_SPECIALS = (
     "<|begin_of_text|>", "<|end_of_text|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(4)),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from jaxformer.errors import listed
 from jaxformer.hub.gguf_file import Header, read_header
 from jaxformer.hub.tensors import Stored
 
@@ -72,7 +73,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         else:
             unknown.append(name)
     if unknown:
-        raise header.error(f"these tensors are of no model known here: {_listed(unknown)}")
+        raise header.error(f"these tensors are of no model known here: {listed(sorted(unknown))}")
     return config, tensors
 
 
@@ -89,7 +90,7 @@ def _config(header: Header) -> dict[str, Any]:
     given -= {key for key in ("expert_count", "expert_used_count")
               if header.fields.get(prefix + key) == 0}  # fmt: skip
     if unknown := given - SIZES.keys() - OTHERS:
-        raise header.error(f"it has settings not known here: {_listed(unknown)}")
+        raise header.error(f"it has settings not known here: {listed(sorted(unknown))}")
 
     def size(key: str, default: int | None = None) -> int:
         value = header.get(prefix + key, int, default)
@@ -213,8 +214,3 @@ def _rotated_by_halves(header: Header, name: str, stored: Stored, config: dict[s
         return rows
 
     return Stored(stored.shape, stored.dtype, read)
-
-
-def _listed(names: list[str] | set[str]) -> str:
-    shown = ", ".join(map(repr, sorted(names)[:20]))  # quoted: a name may hold control codes
-    return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")

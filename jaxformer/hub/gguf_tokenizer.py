@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxformer.data.codec import LLAMA_SPLIT, QWEN_SPLIT
 from jaxformer.hub.gguf_file import Header, read_header
 
 MAX_PIECE = 256
@@ -31,12 +32,8 @@ def _split(pattern: str) -> dict[str, Any]:
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = [BYTES | {"use_regex": True}]
 SMOLLM = [{"type": "Digits", "individual_digits": True}, *GPT2]
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = [_split(LLAMA3_WORDS), BYTES]
-QWEN2 = [_split(LLAMA3_WORDS.replace("{1,3}", "")), BYTES]  # digits one by one
+LLAMA3 = [_split(LLAMA_SPLIT), BYTES]
+QWEN2 = [_split(QWEN_SPLIT), BYTES]
 PRE_TOKENIZERS = {
     "gpt-2": GPT2, "default": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": QWEN2,
 }  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
-from jaxformer.errors import CheckpointError
+from jaxformer.errors import CheckpointError, listed
 from jaxformer.files import MAX_JSON, open_regular, read_capped, replacing, writing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -242,7 +242,7 @@ def _what_is_there(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if Path(name).suffix in PICKLES | OTHERS]
     found = (
-        f"{folder} has neither {WEIGHTS} nor {INDEX}, only {_listed(others or names) or 'nothing'}."
+        f"{folder} has neither {WEIGHTS} nor {INDEX}, only {listed(others or names) or 'nothing'}."
     )
     if not others:
         return found
@@ -255,12 +255,7 @@ def _what_is_there(folder: Path) -> str:
 def _refuse(why: str, names: Iterable[str]) -> None:
     """Raise a `CheckpointError` that lists `names`, if there are any."""
     if names := list(names):
-        raise CheckpointError(f"{why}: {_listed(names)}.")
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:50]))  # quoted: a name may hold control codes
-    return shown + (f" and {len(names) - 50} more" if len(names) > 50 else "")
+        raise CheckpointError(f"{why}: {listed(names)}.")
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -98,12 +98,13 @@ def fit(config: TrainConfig) -> None:
         restored = checkpoints.restore(abstract)
         if restored is None:
             state, meta, step = init_state(config.model, tx, mesh, config.seed), {}, 0
+            origin = None
             if config.init_from:
                 base = Path(config.init_from)
                 state = state._replace(params=adopt(state.params, config.model, base))
                 origin = read_origin(base)
-                if origin and jax.process_index() == 0:
-                    run.write_origin(run_dir, origin._asdict())
+            if jax.process_index() == 0:
+                run.write_origin(run_dir, origin and origin._asdict())
         else:
             state, meta, step = restored
             if meta["data_hash"] != data.hash:

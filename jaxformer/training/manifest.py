@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxformer.errors import CheckpointError
-from jaxformer.files import write_atomically
+from jaxformer.files import MAX_JSON, read_capped, write_atomically
 
 NAME = "manifest.json"
 
@@ -56,14 +57,13 @@ def _write(path: Path, manifest: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; `CheckpointError` if it is not what was written."""
     fault = "has changed"
-    try:
-        signed = json.loads((path / NAME).read_text())
-        if signed["sha256"] == _sha256(signed["manifest"]):
-            return signed["manifest"]
-    except FileNotFoundError:
+    if not (path / NAME).exists():
         fault = "is missing (lost, or yet to be written)"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
+    else:
+        with suppress(CheckpointError, ValueError, TypeError, KeyError, RecursionError):
+            signed = json.loads(read_capped(path / NAME, MAX_JSON))
+            if signed["sha256"] == _sha256(signed["manifest"]):
+                return signed["manifest"]
     raise CheckpointError(f"the checkpoint {path} is damaged: {NAME} {fault}.")
 
 

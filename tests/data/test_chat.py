@@ -1,10 +1,11 @@
 """Chat templates render as their writers meant, and reach nothing else."""
 
 import json
+import tracemalloc
 
 import pytest
 
-from jaxformer.data.chat import render_chat
+from jaxformer.data.chat import MAX_TEXT, render_chat
 from jaxformer.data.tokenizer import ByteTokenizer
 from jaxformer.errors import DataError
 
@@ -89,6 +90,22 @@ def test_wrong_templates_are_refused(template: str):
         return
     with pytest.raises(DataError, match="chat template"):
         render(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'a' * 20000000 }}", "{{ 20000000 * 'a' }}", "{{ [1] * 10**9 }}", "{{ 2 ** (10**9) }}",
+     "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}"],
+)  # fmt: skip
+def test_a_template_cannot_fill_the_memory(template: str):
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="longer than"):
+            render(template)
+        assert tracemalloc.get_traced_memory()[1] < 5 * MAX_TEXT
+    finally:
+        tracemalloc.stop()
+    assert render("{{ 'a' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}") == "aaa68"
 
 
 def test_what_a_template_says_reaches_the_user():

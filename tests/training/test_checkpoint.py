@@ -225,6 +225,12 @@ def test_a_lost_manifest_is_told(run: Path):
     assert names(run) == ["1", "2"]
 
 
+def test_a_manifest_that_is_too_long_is_not_read(run: Path):
+    os.truncate(run / "checkpoints" / "3" / "manifest.json", 2**40)  # a sparse file
+    restored = opened(run, lambda _: None).restore(abstract(make_state(0)))
+    assert restored is not None and restored.step == 2
+
+
 def test_leftovers_are_skipped_and_the_writer_deletes_them(run: Path):
     directory = run / "checkpoints"
     (directory / "9").mkdir()
