@@ -8,12 +8,12 @@ HEADER = """\
 # Families of checkpoints
 
 What `jaxformer.load`, `jaxformer convert` and `--run` (but of `jaxformer evaluate`) read, and what
-`jaxformer convert` writes. Each family is a table in `jaxformer/hub/families/`, read in both directions. Each row of
-the last column is a small random model that `pip install -e ".[parity]" && pytest -m parity`
-compares with transformers: hidden states and logits to 1e-4 in float32, on ragged rows of up to
-500 tokens padded right and left; greedy and beam-4 texts token for token; tensors byte for byte
-when exported again, and the same logits when transformers reads them back. Checkpoints in bfloat16
-and float16 must give the same parameters as in float32, rounded.
+`jaxformer convert` writes. Each family is a table in `jaxformer/hub/families/`, read in both
+directions. Each row of the last column is a small random model that `pip install -e ".[parity]" &&
+pytest -m parity` compares with transformers: hidden states and logits to 1e-4 in float32, on
+ragged rows of up to 500 tokens padded right and left; greedy and beam-4 texts token for token;
+tensors byte for byte when exported again, and the same logits when transformers reads them back.
+Checkpoints in bfloat16 and float16 must give the same parameters as in float32, rounded.
 
 | family | `model_type` | classes | what is of it | compared |
 |---|---|---|---|---|
