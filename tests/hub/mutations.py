@@ -1,6 +1,36 @@
 """Files with small faults, from a seed."""
 
 import random
+import tracemalloc
+from collections.abc import Callable, Iterable, Mapping
+
+from jaxformer.errors import CheckpointError
+from jaxformer.hub.tensors import Stored
+
+
+def outcomes(
+    files: Iterable[object], read: Callable[[], Mapping[str, Stored]], longest: int
+) -> tuple[int, int]:
+    """How many of the mutated `files`, each written as it is taken, are sound and how many refused
+    in at most `longest` characters; none may be anything else, or need more memory than its size
+    warrants."""
+    sound = refused = 0
+    tracemalloc.start()
+    for _ in files:
+        try:
+            found = read()
+        except CheckpointError as e:
+            assert len(str(e)) < longest
+            refused += 1
+            continue
+        sound += 1
+        for tensor in found.values():
+            array = tensor.read()
+            assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
+            array.tobytes()
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+    return sound, refused
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
