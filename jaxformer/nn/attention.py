@@ -14,7 +14,8 @@ class Attention(nn.Module):
     """Multi-head attention from `x` to `memory` (itself, in self-attention), or to the cache.
 
     Memory given: its keys and values are projected, and written to the cache if there is one, at
-    `slot`. Memory absent: they are read from the cache alone. `rotations` are the cosines and
+    `slot`, up to which alone it is filled then; None is the beginning of one that will be full.
+    Memory absent: they are read from the cache alone. `rotations` are the cosines and
     sines of rotary positions, if the model has them.
     """
 
@@ -31,8 +32,8 @@ class Attention(nn.Module):
         bias: Float[Array, "#B N T S"] | None = None,
         rotations: tuple[Array, Array] | None = None,
         kv: KV | None = None,
-        slot: Array | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KV]:
+        slot: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], KV | None]:
         cfg = self.config
         d, h = (cfg.d_model,), cfg.dim_per_head
         axes = ("embed", "heads", "head_dim")
@@ -47,6 +48,8 @@ class Attention(nn.Module):
             query = rotate(query, *rotations)
         query = constrain(query * cfg.query_scale, "batch", "length", "heads", "head_dim")
 
+        cap, filled = cfg.attention_softcap, None
+        key = value = None
         if memory is not None:
             shape = (cfg.kv_heads, h)
             key = Linear(cfg, d, shape, kv_axes, cfg.qkv_bias, name="key")(memory)
@@ -57,12 +60,17 @@ class Attention(nn.Module):
                 key = rotate(key, *rotations)
             key = constrain(key, "batch", "length", "kv_heads", "head_dim")
             value = constrain(value, "batch", "length", "kv_heads", "head_dim")
-            kv = KV(key, value) if kv is None else write(kv, key, value, slot)
-        if kv is None:
-            raise ValueError("attention has neither a memory nor a cache to read it from")
 
-        drop = nn.Dropout(cfg.attention_dropout, deterministic=self.deterministic)
-        y = f.attend(query, kv.k, kv.v, mask, bias, cap=cfg.attention_softcap, drop=drop)
+        if kv is not None:
+            if key is not None and value is not None:
+                kv = write(kv, key, value, 0 if slot is None else slot)
+                filled = None if slot is None else slot + x.shape[1]
+            y = f.attend_cached(query, kv.k, kv.v, mask, bias, cap=cap, filled=filled)
+        elif key is not None and value is not None:
+            drop = nn.Dropout(cfg.attention_dropout, deterministic=self.deterministic)
+            y = f.attend(query, key, value, mask, bias, cap=cap, drop=drop)
+        else:
+            raise ValueError("attention has neither a memory nor a cache to read it from")
         out = Linear(
             cfg, (cfg.n_heads, h), d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out"
         )

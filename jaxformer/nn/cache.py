@@ -17,10 +17,10 @@ from jaxformer.types import NOWHERE
 
 
 class KV(NamedTuple):
-    """Keys and values of one attention layer."""
+    """Keys and values of one attention layer, each laid out as the product it enters reads it."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
 
 
 class Cache(NamedTuple):
@@ -43,9 +43,10 @@ def init_cache(config: ModelConfig, rows: int, slots: int, memory_length: int = 
     """
 
     def kv(length: int) -> tuple[KV, ...]:
-        shape = (rows, length, config.kv_heads, config.dim_per_head)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        return (KV(zeros, zeros),) * config.n_decoder_layers
+        heads, dim = (rows, config.kv_heads), config.dim_per_head
+        k = jnp.zeros((*heads, dim, length), config.compute_dtype)
+        v = jnp.zeros((*heads, length, dim), config.compute_dtype)
+        return (KV(k, v),) * config.n_decoder_layers
 
     crossed = config.n_encoder_layers > 0
     return Cache(
@@ -60,10 +61,11 @@ def init_cache(config: ModelConfig, rows: int, slots: int, memory_length: int = 
 
 def write(kv: KV, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Array | int) -> KV:
     """`kv` with `k` and `v` in the slots from `at` on."""
-    start = (0, at, 0, 0)
+    k = k.astype(kv.k.dtype).transpose(0, 2, 3, 1)
+    v = v.astype(kv.v.dtype).transpose(0, 2, 1, 3)
     return KV(
-        jax.lax.dynamic_update_slice(kv.k, k.astype(kv.k.dtype), start),
-        jax.lax.dynamic_update_slice(kv.v, v.astype(kv.v.dtype), start),
+        jax.lax.dynamic_update_slice(kv.k, k, (0, 0, 0, at)),
+        jax.lax.dynamic_update_slice(kv.v, v, (0, 0, at, 0)),
     )
 
 

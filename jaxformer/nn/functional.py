@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+READ = 128
+"""Slots of a cache that are read together, at least."""
 MASKED = -1e9
 """Logit of what may not be attended to: finite, so that a row with nothing to see is no NaN."""
 
@@ -102,3 +104,45 @@ def attend(
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+
+
+def attend_cached(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K H S"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    cap: float = 0.0,
+    filled: Int[Array, ""] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attend` to a cache in its own layout, of which at least the first `filled` slots are read.
+
+    What is read grows by fours from `READ`, so that a token costs what the cache holds, not what
+    it could hold; None reads all.
+    """
+    b, t, n, h = query.shape
+    k, slots = key.shape[1], key.shape[-1]
+    q = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+
+    def read(size: int) -> Float[Array, "B K G T H"]:
+        logits = jnp.einsum(
+            "bkgth,bkhs->bkgts", q, key[..., :size], preferred_element_type=jnp.float32
+        )
+        logits = softcap(logits, cap)
+        if bias is not None:
+            near = bias[..., :size]
+            logits = logits + near.reshape(near.shape[0], k, n // k, *near.shape[2:])
+        logits = jnp.where(mask[:, None, None, :, :size], logits, MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgts,bksh->bkgth", weights, value[:, :, :size])
+
+    sizes = [slots]
+    while filled is not None and sizes[0] >= 2 * READ:
+        sizes.insert(0, max(READ, sizes[0] // 4 // READ * READ))
+    if len(sizes) == 1:
+        y = read(slots)
+    else:
+        enough = jnp.searchsorted(jnp.array(sizes), jnp.asarray(filled))
+        y = jax.lax.switch(enough, [lambda size=size: read(size) for size in sizes])
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

@@ -56,7 +56,7 @@ class Block(nn.Module):
         context: Context,
         self_kv: KV | None = None,
         cross_kv: KV | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[KV, KV | None] | None]:
+    ) -> tuple[Float[Array, "B T D"], tuple[KV | None, KV | None] | None]:
         cfg, gain, det = self.config, self.gain, self.deterministic
         caching = self_kv is not None
 
