@@ -19,7 +19,7 @@ from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding import processors, strategies
 from jaxformer.decoding.loop import Decoded, decode
 from jaxformer.nn.cache import Cache, follow, init_cache, share_prompt
-from jaxformer.nn.transformer import apply, unstack
+from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
 
 
@@ -50,6 +50,19 @@ class Numbers(NamedTuple):
     min_length: int = 0
 
 
+def prepare(params: Any) -> Any:
+    """Parameters as `decode_batch` takes them, made once for many batches."""
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    devices = {device for leaf in arrays for device in leaf.devices()}
+    return _prepare([device.platform for device in devices] == ["cpu"], params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prepare(packed: bool, params: Any) -> Any:
+    apart = unstack(params)
+    return pack(apart) if packed else apart
+
+
 def decode_batch(
     config: ModelConfig,
     params: Any,
@@ -59,6 +72,7 @@ def decode_batch(
     options: DecodeConfig,
 ) -> Decoded:
     """Decode one padded batch of prompts, whose rows draw from the keys of `row_ids`; on the host.
+    The parameters are those that `prepare` made.
 
     What an encoder reads or, without one, what the decoder is to continue.
     """
@@ -105,7 +119,7 @@ def _decode(
     row_ids: Int[Array, " B"],
 ) -> Decoded:
     """Encode, prefill and decode a batch of prompts."""
-    run = partial(apply, config, unstack(params))
+    run = partial(apply, config, params)
     rows, width = prompt.ids.shape[0], method.width
     memory = memory_seg = None
     target = prompt

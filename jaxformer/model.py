@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jaxformer.data.tasks import encode_source, encode_target
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, Finish
 from jaxformer.errors import ConfigError
-from jaxformer.generate import decode_batch
+from jaxformer.generate import decode_batch, prepare
 from jaxformer.types import Batch, Tokens
 
 
@@ -67,6 +68,10 @@ class Model:
     defaults: DecodeConfig = field(default_factory=DecodeConfig)
     origin: Origin | None = None
 
+    @cached_property
+    def _prepared(self) -> Any:
+        return prepare(self.params)
+
     def generate(self, texts: Sequence[str], decode: DecodeConfig | None = None) -> list[str]:
         """The best text generated from each of `texts` (empty, with a warning, where it failed).
 
@@ -116,7 +121,7 @@ class Model:
             prompt = pad([prompts[i] for i in ids], length, self.tokenizer.pad_id)
             row_ids = [first_row + i for i in ids]
             decoded = decode_batch(
-                self.config, self.params, self.tokenizer, prompt, row_ids, decode
+                self.config, self._prepared, self.tokenizer, prompt, row_ids, decode
             )
             for row, i in enumerate(ids):
                 results[i] = Generated(

@@ -71,13 +71,13 @@ assert "all-reduce" in compiled.as_text()
 
 DECODE = """
 from jaxformer.generate import Method, Numbers, _decode
+from jaxformer.nn.transformer import unstack
 side = Tokens(*[array(4, 16)] * 3)
 method = Method(WAY, 4, 16, "wu", 1, (2,), 0, suppress=(3,), forced_first=4, forced_last=2)
 numbers = Numbers(1.0, 0, 0.9, 0.0, 0.6)
 one = array(dtype="int32", sharding=sharding.replicated(mesh))
-compiled = compile(
-    _decode, model, method, state.params, side, array(4), numbers, one, array(4)
-)
+decode = jax.jit(lambda params, *rest: _decode(model, method, unstack(params), *rest))
+compiled = compile(decode, state.params, side, array(4), numbers, one, array(4))
 tokens = compiled.output_shardings.tokens
 assert tokens.device_set <= set(topology.devices), tokens
 assert "while" in compiled.as_text()

@@ -1,6 +1,7 @@
 """The mathematics of a layer, as plain functions on arrays."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 READ = 128
 """Slots of a cache that are read together, at least."""
+FEW = 64
+"""Rows up to which a product on a CPU is bound by reading the weights."""
 MASKED = -1e9
 """Logit of what may not be attended to: finite, so that a row with nothing to see is no NaN."""
 
@@ -49,6 +52,27 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
+
+
+def project(
+    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: Any
+) -> Float[Array, "*B O"]:
+    """x W^T, in `dtype`, in the form that is fastest for so many rows."""
+
+    def straight(x: Array, weight: Array) -> Array:
+        return jnp.matmul(x, weight.T, preferred_element_type=dtype)
+
+    def turned(x: Array, weight: Array) -> Array:
+        # XLA would fold the transposes into the product, and lose by it.
+        y = jnp.matmul(weight, x.T, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y).T
+
+    rows = x.reshape(-1, x.shape[-1])
+    if 1 < rows.shape[0] <= FEW:
+        y = jax.lax.platform_dependent(rows, weight, cpu=turned, default=straight)
+    else:
+        y = straight(rows, weight)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def attention_mask(

@@ -43,7 +43,8 @@ class Linear(nn.Module):
     """Contract the last axes of x with the first of a kernel, and add a bias and a LoRA if there.
 
     The kernel has shape `d_in` + `d_out` and axis names `axes`. With adapters it is W + s A B,
-    s = lora_alpha / lora_rank, where B starts at zero (Hu et al. 2022, equation 3).
+    s = lora_alpha / lora_rank, where B starts at zero (Hu et al. 2022, equation 3). In place
+    of a kernel there may be one that was packed for decoding.
     """
 
     config: ModelConfig
@@ -57,10 +58,16 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         cfg, n_in = self.config, len(self.d_in)
         dtype, param_dtype = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.param_dtype)
-        init = kernel_init(cfg, n_in, len(self.d_out), self.gain)
-        kernel = self.param("kernel", named(init, self.axes), self.d_in + self.d_out, param_dtype)
         x = x.astype(dtype)
-        y = jnp.tensordot(x, kernel.astype(dtype), n_in)
+        if self.has_variable("params", "packed"):
+            lead = x.shape[: x.ndim - n_in]
+            packed = self.get_variable("params", "packed").astype(dtype)
+            y = f.project(x.reshape(*lead, -1), packed, dtype).reshape(*lead, *self.d_out)
+        else:
+            init = kernel_init(cfg, n_in, len(self.d_out), self.gain)
+            shape = self.d_in + self.d_out
+            kernel = self.param("kernel", named(init, self.axes), shape, param_dtype)
+            y = jnp.tensordot(x, kernel.astype(dtype), n_in)
         if cfg.lora_rank and self.name in cfg.lora_targets:
             rank = (cfg.lora_rank,)
             std = 1 / math.sqrt(math.prod(self.d_in))
@@ -97,7 +104,7 @@ class Embed(nn.Module):
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of `x` against every row of the table, in float32."""
         table = self.embedding.astype(self.config.compute_dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return f.project(x, table, jnp.float32)
 
 
 class Norm(nn.Module):

@@ -5,6 +5,7 @@ Prefill: memory given, an empty cache, the prompt. Step: memory absent, a filled
 for each hypothesis.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -385,6 +386,24 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     n = jax.tree.leaves(layers)[0].shape[0]
     apart = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(n)}
     return {**params, "decoder": {**decoder, **apart}}
+
+
+def pack(params: dict[str, Any]) -> dict[str, Any]:
+    """Unstacked parameters with the kernels that decode a token laid out as a CPU reads them best:
+    `packed` "O I" for every `kernel`, all inputs in one axis and all outputs in another."""
+
+    def packed(name: str, part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        part = {key: packed(key, value) for key, value in part.items()}
+        if "kernel" in part:
+            kernel = part.pop("kernel")
+            inputs = math.prod(kernel.shape[: 2 if name == "out" else 1])
+            part["packed"] = kernel.reshape(inputs, -1).T
+        return part
+
+    of_tokens = {name: params[name] for name in ("decoder", "head") if name in params}
+    return {**params, **packed("", of_tokens)}
 
 
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
