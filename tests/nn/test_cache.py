@@ -22,7 +22,7 @@ from random_configs import (
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn import cache as caches
-from jaxformer.nn.transformer import apply, unstack
+from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import NOWHERE, Tokens
 
 ROWS, PROMPT, STEPS = 2, 4, 4
@@ -43,7 +43,7 @@ def prefill(config, params, cache, tokens, source):
 
 @partial(jax.jit, static_argnums=0)
 def step(config, params, cache, tokens, parent):
-    params = unstack(params)
+    params = pack(unstack(params))
     cache = caches.follow(cache, parent)
     hidden, cache = apply(config, params, tokens, None, None, cache, method="decode")
     return apply(config, params, hidden, method="unembed"), cache

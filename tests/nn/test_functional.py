@@ -1,6 +1,7 @@
 """Each function equals its formula, written out again in plain numpy."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,46 @@ def test_attention_mask(q_pos, kv_pos, q_seg, kv_seg, segments, causal, window):
     segs = (jnp.array(q_seg), jnp.array(kv_seg)) if segments else ()
     got = f.attention_mask(jnp.array(q_pos), jnp.array(kv_pos), *segs, causal=causal, window=window)
     np.testing.assert_array_equal(np.broadcast_to(got, wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 2, f.FEW, f.FEW + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_projected_alike_however_many(rows, dtype):
+    x, weight = jnp.asarray(normal(rows, 5), dtype), jnp.asarray(normal(7, 5), dtype)
+    found = f.project(x, weight, jnp.float32)
+    wanted = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    assert found.dtype == jnp.float32 and found.shape == (rows, 7)
+    np.testing.assert_allclose(found, wanted, **close)
+
+
+@pytest.mark.parametrize("slots", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("cap, biased", [(0.0, True), (2.0, False)])
+def test_a_cache_is_read_as_far_as_it_is_filled(slots, cap, biased, monkeypatch):
+    monkeypatch.setattr(f, "READ", 4)
+    query, key, value = normal(2, 3, 4, 5), normal(2, slots, 2, 5), normal(2, slots, 2, 5)
+    bias = jnp.asarray(normal(2, 4, 3, slots)) if biased else None
+    cached = jax.jit(partial(f.attend_cached, cap=cap))
+    for filled in {1, slots // 2 + 1, slots}:
+        mask = jnp.asarray((rng.random((2, 3, slots)) < 0.7) & (np.arange(slots) < filled))
+        mask = mask.at[..., 0].set(True)
+        wanted = attend(*map(jnp.asarray, (query, key, value)), mask, bias, cap=cap)
+        beyond = np.where(np.arange(slots)[:, None, None] < filled, 0, 1e30)  # it may be anything
+        k, v = key + beyond, value + np.where(beyond > 0, 9, 0)
+        layout = (
+            jnp.asarray(k.transpose(0, 2, 3, 1), "float32"),
+            jnp.asarray(v.swapaxes(1, 2), "float32"),
+        )
+        found = cached(query, *layout, mask, bias, filled=jnp.int32(filled))
+        np.testing.assert_allclose(found, wanted, **close)
+        whole = cached(query, *layout, mask, bias)
+        np.testing.assert_allclose(whole, wanted, **close)
+
+
+def test_what_is_not_filled_is_not_read(monkeypatch):
+    monkeypatch.setattr(f, "READ", 4)
+    query, key, value = normal(1, 1, 2, 4), normal(1, 2, 4, 16), normal(1, 2, 16, 4)
+    value[:, :, 4:] = np.nan  # which would spoil a sum, weighed with 0 or not
+    mask = jnp.arange(16)[None, None] < 3
+    read = partial(f.attend_cached, *map(jnp.asarray, (query, key, value)), mask)
+    assert np.isfinite(read(filled=jnp.int32(4))).all()
+    assert np.isnan(read(filled=jnp.int32(5))).all() and np.isnan(read()).all()
