@@ -1,0 +1,232 @@
+"""Constraints on generated texts, compiled on the host to a table over the tokens in hand.
+
+All constraints together make one automaton over bytes, and a token takes it as many steps as it
+has bytes. Tokens that do the same in every state share a column, so that the table stays small.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxformer.batching import power_of_two
+from jaxformer.config import DecodeConfig
+from jaxformer.data.automata import Automaton, begins_with, includes_any, product
+from jaxformer.data.json_schema import to_regex
+from jaxformer.data.regular import from_regex
+from jaxformer.data.token_bytes import token_bytes
+from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.decoding.constraints import NEVER, Table
+from jaxformer.errors import ConfigError, DataError
+from jaxformer.files import read_capped
+
+MAX_ENTRIES = 2**24
+"""States times columns of a table: 64 MiB."""
+MAX_WORK = 2**28
+"""States times tokens that differ, before alike columns are found."""
+MAX_FILE = 64 * 2**20
+START, BEGUN, END, OWN = 0, 1, 2, 3
+"""Rows of a table: nothing is written, nothing but a forced first token, the end, the states."""
+
+
+class Constraints(NamedTuple):
+    """What the constraints of a `DecodeConfig` ask of a text, with all files read."""
+
+    include: tuple[str, ...]
+    prefix: str
+    allowed: tuple[str, ...]
+    regex: str
+
+
+def constraints(options: DecodeConfig) -> Constraints | None:
+    """The constraints among `options`, or None if there is none.
+
+    Raises `DataError` if a file they name cannot be read.
+    """
+    allowed = tuple(
+        line
+        for text in options.allowed
+        for line in (_file(text).split("\n") if text.startswith("@") else [text])
+        if line
+    )
+    regex = options.regex
+    if schema := options.json_schema:
+        regex = to_regex(_file(schema) if schema.startswith("@") else schema)
+    found = Constraints(options.include, options.prefix, allowed, regex)
+    return found if any(found) or options.allowed else None
+
+
+def _file(named: str) -> str:
+    try:
+        return read_capped(Path(named[1:]), MAX_FILE, DataError).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{named[1:]}: not UTF-8 ({e.reason} at byte {e.start}).") from None
+
+
+@lru_cache(16)
+def compile_table(
+    wanted: Constraints,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    suppress: tuple[int, ...] = (),
+    forced_first: int = -1,
+) -> Table:
+    """The table of `wanted` for a model of `vocabulary` ids, none of `suppress` among its tokens.
+
+    Raises `ConfigError` if no text of these tokens is accepted, or the table would be too large.
+    """
+    parts = [includes_any(alternatives(phrase)) for phrase in wanted.include]
+    parts += [begins_with(wanted.prefix)] if wanted.prefix else []
+    parts += [from_regex(wanted.regex)] if wanted.regex else []
+    together = reduce(lambda a, b: product([a, b]), parts) if parts else None
+    if wanted.allowed:
+        texts = [t for t in wanted.allowed if together is None or together.accepts(t)]
+        states, columns, of_token, ends = _trie(tokenizer, texts, forced_first)
+    else:
+        assert together is not None
+        states, columns, of_token, ends = _over_tokens(together, tokenizer)
+    if forced_first >= 0:
+        columns = np.pad(columns, ((0, 0), (0, 1)), constant_values=-1)
+        columns[START] = -1
+        columns[START, -1] = BEGUN
+        of_token |= {forced_first: columns.shape[1] - 1}
+
+    # Column 0 is of tokens that are never allowed, 1 of those that end a text.
+    class_of = np.zeros(vocabulary, np.int32)
+    for token, column in of_token.items():
+        class_of[token] = column + 2
+    class_of[list(tokenizer.stop_ids)] = 1
+    class_of[[i for i in suppress if i < vocabulary]] = 0
+    end = np.where(ends, END, -1)
+    following = np.column_stack([np.full(states, -1), end, columns]).astype(np.int32)
+    used = np.unique(class_of)
+    need = tokens_needed(following[:, used], ends)
+    if need[START] == NEVER:
+        raise ConfigError(
+            "no text that this tokenizer can write satisfies the constraints (include, prefix, "
+            "allowed, regex, json_schema) together; loosen one."
+        )
+    rows, width = (power_of_two(n, 64) for n in following.shape)
+    padding = (0, rows - len(need)), (0, width - following.shape[1])
+    return Table(
+        np.pad(following, padding, constant_values=-1),
+        np.pad(class_of, (0, 0)),
+        np.pad(need, padding[0], constant_values=NEVER),
+    )
+
+
+def alternatives(phrase: str) -> list[str]:
+    r"""The alternatives of a phrase, between bars; `\|` is a bar itself.
+
+    >>> alternatives(r"colour|color|a\|b")
+    ['colour', 'color', 'a|b']
+    """
+    return [part.replace("\0", "|") for part in phrase.replace(r"\|", "\0").split("|")]
+
+
+Columns = tuple[int, Int[np.ndarray, "S C"], Mapping[int, int], np.ndarray]
+"""Rows, the state after each kind of token, the kind of each token, which rows may end."""
+
+
+def _over_tokens(automaton: Automaton, tokenizer: Tokenizer) -> Columns:
+    """What each token does to an automaton over bytes."""
+    following, accepting, free = automaton
+    letters, letter = np.unique(following, axis=1, return_inverse=True)
+    translation = bytes(letter.reshape(-1).astype(np.uint8).tolist())
+    never = {i for i in range(letters.shape[1]) if (letters[:, i] < 0).all()}
+
+    def word(token: bytes | None) -> bytes | None:
+        """The kinds of the bytes of a token; None if some byte stands nowhere."""
+        kinds = None if token is None else token.translate(translation)
+        return None if kinds is None or never.intersection(kinds) else kinds
+
+    # Tokens that are spelt alike, in kinds of bytes, need one walk.
+    first, later = token_bytes(tokenizer)
+    words = [(word(a), word(b)) for a, b in zip(first, later, strict=True)]
+    distinct = sorted({w for pair in words for w in pair if w is not None}, key=len)
+    if len(distinct) * len(accepting) > MAX_WORK:
+        raise _too_large(len(accepting), len(distinct))
+    after: dict[bytes | None, np.ndarray] = {None: np.full(len(accepting), -1, np.int32)}
+    steps = np.vstack([letters, np.full(letters.shape[1], -1)]).T.astype(np.int32)
+    for w in distinct:
+        state = np.arange(len(accepting), dtype=np.int32)
+        for kind in w:
+            state = steps[kind][state]  # -1 is the last row, where it stays
+        after[w] = state
+    stays = np.where(free, np.arange(len(accepting)), -1)
+    kinds: dict[bytes, int] = {}
+    columns, of_token = [], {}
+    for token, (one, two) in enumerate(words):
+        if token in tokenizer.stop_ids:
+            continue
+        text = first[token] is not None or later[token] is not None
+        column = after[two] if text else stays
+        begin = int(after[one][0]) if text else START - OWN if free[0] else -1
+        if begin == -1 and column.max(initial=-1) < 0:
+            continue
+        key = begin.to_bytes(4, "little", signed=True) + column.tobytes()
+        if key not in kinds:
+            kinds[key] = len(columns)
+            if (len(columns) + 1) * len(accepting) > MAX_ENTRIES:
+                raise _too_large(len(accepting), len(columns))
+            begun = begin + OWN if begin != -1 else -1
+            moved = np.where(column >= 0, column + OWN, -1)
+            columns.append(np.concatenate([[begun, begun, -1], moved]).astype(np.int32))
+        of_token[token] = kinds[key]
+    states = len(accepting) + OWN
+    found = np.array(columns, np.int32).reshape(-1, states).T
+    return states, found, of_token, np.concatenate([accepting[[0, 0]], [False], accepting])
+
+
+def _trie(tokenizer: Tokenizer, texts: Sequence[str], forced_first: int) -> Columns:
+    """Exactly the tokens that the model learns for each text (De Cao et al. 2021)."""
+    edges: dict[tuple[int, int], int] = {}
+    ends = set()
+    for text in texts:
+        ids = tokenizer.target(text)
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+        ids = ids[1:] if ids[:1] == [forced_first] else ids
+        node = BEGUN
+        for i in ids:
+            node = edges.setdefault((node, i), len(edges) + OWN)
+        ends.add(node)
+    states, of_token = len(edges) + OWN, {}
+    for _, i in edges:
+        of_token.setdefault(i, len(of_token))
+    if states * len(of_token) > MAX_ENTRIES:
+        raise _too_large(states, len(of_token))
+    columns = np.full((states, len(of_token)), -1, np.int32)
+    for (node, i), child in edges.items():
+        columns[node, of_token[i]] = child
+    columns[START] = columns[BEGUN]
+    may_end = np.isin(np.arange(states), list(ends))
+    may_end[START] = may_end[BEGUN] and forced_first < 0
+    return states, columns, of_token, may_end
+
+
+def tokens_needed(following: Int[np.ndarray, "S C"], ends: np.ndarray) -> Int[np.ndarray, "S"]:
+    """How many more tokens a text needs to be accepted, in each state; -1 after its end."""
+    need = np.where(ends, 0, NEVER).astype(np.int32)
+    need[END] = -1
+    pairs = [np.unique(row) for row in following]
+    source = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
+    target = np.concatenate(pairs)
+    source, target = source[target > END], target[target > END]
+    distance, reached = 0, ends
+    while reached.any():
+        distance += 1
+        before = np.zeros_like(ends)
+        before[source[reached[target]]] = True
+        reached = before & (need == NEVER)
+        need[reached] = distance
+    return need
+
+
+def _too_large(states: int, columns: int) -> ConfigError:
+    return ConfigError(
+        f"the constraints make a table of {states} states by {columns} kinds of tokens or more, "
+        f"and {MAX_ENTRIES} entries are the most; allow fewer or shorter texts."
+    )
