@@ -499,6 +499,18 @@ class DecodeConfig:
     """Id that every text begins with (BART's start, mBART's language); -1 is none."""
     forced_last: int = -1
     """Id that ends a text which reached its greatest length; -1 is none."""
+    include: tuple[str, ...] = ()
+    """Phrases that every text has in it, within a word too; "colour|color" is either of two, and
+    \\| is a bar (Post and Vilar 2018)."""
+    prefix: str = ""
+    """What every text begins with."""
+    allowed: tuple[str, ...] = ()
+    """The only texts there may be; @FILE is those of a file, one a line (De Cao et al. 2021)."""
+    regex: str = ""
+    """Regular expression, in Python's syntax, that every text matches from end to end."""
+    json_schema: str = ""
+    """JSON Schema, or @FILE with one, of what every text is: objects have their properties in
+    this order and no others."""
     seed: int = 0
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64
@@ -519,6 +531,14 @@ class DecodeConfig:
         for name in ("forced_first", "forced_last"):
             in_range(self, name, -1, LARGEST)
         in_range(self, "length_penalty", -100, 100)
+        require(
+            all(all(p.replace(r"\|", "_").split("|")) for p in self.include),
+            "include has an empty phrase or alternative, which every text has in it; leave it out.",
+        )
+        require(
+            not (self.regex and self.json_schema),
+            "regex and json_schema are each the whole text; give one.",
+        )
         require(
             self.max_length == 0 or self.min_length <= self.max_length,
             f"min_length {self.min_length} is more than max_length {self.max_length}.",

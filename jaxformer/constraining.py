@@ -97,7 +97,8 @@ def compile_table(
     # Column 0 is of tokens that are never allowed, 1 of those that end a text.
     class_of = np.zeros(vocabulary, np.int32)
     for token, column in of_token.items():
-        class_of[token] = column + 2
+        if token < vocabulary:
+            class_of[token] = column + 2
     class_of[list(tokenizer.stop_ids)] = 1
     class_of[[i for i in suppress if i < vocabulary]] = 0
     end = np.where(ends, END, -1)
@@ -113,7 +114,7 @@ def compile_table(
     padding = (0, rows - len(need)), (0, width - following.shape[1])
     return Table(
         np.pad(following, padding, constant_values=-1),
-        np.pad(class_of, (0, 0)),
+        class_of,
         np.pad(need, padding[0], constant_values=NEVER),
     )
 
@@ -150,12 +151,15 @@ def _over_tokens(automaton: Automaton, tokenizer: Tokenizer) -> Columns:
     if len(distinct) * len(accepting) > MAX_WORK:
         raise _too_large(len(accepting), len(distinct))
     after: dict[bytes | None, np.ndarray] = {None: np.full(len(accepting), -1, np.int32)}
+    shared: dict[bytes, np.ndarray] = {}
     steps = np.vstack([letters, np.full(letters.shape[1], -1)]).T.astype(np.int32)
     for w in distinct:
         state = np.arange(len(accepting), dtype=np.int32)
         for kind in w:
             state = steps[kind][state]  # -1 is the last row, where it stays
-        after[w] = state
+        after[w] = shared.setdefault(state.tobytes(), state)
+        if len(shared) * len(accepting) > MAX_ENTRIES:
+            raise _too_large(len(accepting), len(shared))
     stays = np.where(free, np.arange(len(accepting)), -1)
     kinds: dict[bytes, int] = {}
     columns, of_token = [], {}
@@ -164,14 +168,12 @@ def _over_tokens(automaton: Automaton, tokenizer: Tokenizer) -> Columns:
             continue
         text = first[token] is not None or later[token] is not None
         column = after[two] if text else stays
-        begin = int(after[one][0]) if text else START - OWN if free[0] else -1
+        begin = int(after[one][0]) if text else BEGUN - OWN if free[0] else -1
         if begin == -1 and column.max(initial=-1) < 0:
             continue
         key = begin.to_bytes(4, "little", signed=True) + column.tobytes()
         if key not in kinds:
             kinds[key] = len(columns)
-            if (len(columns) + 1) * len(accepting) > MAX_ENTRIES:
-                raise _too_large(len(accepting), len(columns))
             begun = begin + OWN if begin != -1 else -1
             moved = np.where(column >= 0, column + OWN, -1)
             columns.append(np.concatenate([[begun, begun, -1], moved]).astype(np.int32))

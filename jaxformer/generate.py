@@ -15,8 +15,10 @@ from jaxtyping import Array, Int
 from jaxformer import sharding
 from jaxformer.batching import power_of_two
 from jaxformer.config import DecodeConfig, ModelConfig
+from jaxformer.constraining import compile_table, constraints
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding import processors, strategies
+from jaxformer.decoding.constraints import Table, constrained
 from jaxformer.decoding.loop import Decoded, decode
 from jaxformer.nn.cache import Cache, follow, init_cache, share_prompt
 from jaxformer.nn.transformer import apply, pack, unstack
@@ -101,10 +103,15 @@ def decode_batch(
         float(options.length_penalty),
         options.min_length,
     )
+    table = None
+    if wanted := constraints(options):
+        table = compile_table(
+            wanted, tokenizer, config.vocab_size, options.suppress, options.forced_first
+        )
     ids = np.zeros(len(lengths), np.int32)
     ids[: len(row_ids)] = row_ids
     seed = options.seed
-    return sharding.fetch(_decode(config, method, params, prompt, limit, numbers, seed, ids))
+    return sharding.fetch(_decode(config, method, params, prompt, limit, numbers, seed, ids, table))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -117,6 +124,7 @@ def _decode(
     numbers: Numbers,
     seed: Int[Array, ""],
     row_ids: Int[Array, " B"],
+    table: Table | None,
 ) -> Decoded:
     """Encode, prefill and decode a batch of prompts."""
     run = partial(apply, config, params)
@@ -143,6 +151,8 @@ def _decode(
         return run(hidden, method="unembed"), cache
 
     parts = _constraints(config, method, numbers, limit)
+    if table is not None:  # a forced end takes the last place
+        parts.append(constrained(table, limit - (method.forced_last >= 0)))
     if method.sampling:
         strategy = strategies.sample(width)
         parts += [

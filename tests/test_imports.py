@@ -20,14 +20,14 @@ FLOORS = (
     {"converting"},
     {"training", "loading"},
     {"model"},
-    {"generate", "arrays", "inspecting", "vectors"},
+    {"generate", "constraining", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
     {"types", "files"},
     {"errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),
-              ("hub", "data"), ("presets", "config")}  # fmt: skip
+              ("generate", "constraining"), ("hub", "data"), ("presets", "config")}  # fmt: skip
 
 
 def part_of(module: str) -> str:

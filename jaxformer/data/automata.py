@@ -62,7 +62,9 @@ def includes_any(phrases: Sequence[str]) -> Automaton:
             while end not in number:
                 end = end[1:]
             following[number[part], byte] = number[end]
-    return Automaton(following, np.arange(len(following)) == len(begun), np.ones(len(following)) > 0)
+    return Automaton(
+        following, np.arange(len(following)) == len(begun), np.ones(len(following), bool)
+    )
 
 
 def explore(

@@ -20,7 +20,7 @@ MAX_NODES = 2**15
 
 
 class Graph:
-    """A nondeterministic automaton (Thompson 1968): arrows that read nothing, and that read bytes."""
+    """A nondeterministic automaton (Thompson 1968): some arrows read nothing, others bytes."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern

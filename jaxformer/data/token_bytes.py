@@ -59,7 +59,10 @@ def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
                     for side in found
                 )
             )
-    raise ConfigError(f"a {type(tokenizer).__name__} cannot be constrained; see docs/decoding.md.")
+    raise ConfigError(
+        f"a {type(tokenizer).__name__} cannot be constrained."
+
+    )
 
 
 def _foreign(writer: object) -> TokenBytes:
@@ -113,7 +116,7 @@ def _backend(writer: BackendCodec) -> TokenBytes:
     spaces = [p for p in parts if p.get("type") in ("Metaspace", "Replace")]
     written = [(p.get("replacement"), p.get("pattern"), p.get("content")) for p in spaces]
     usual = all(w in ((SPACE, None, None), (None, {"String": SPACE}, " ")) for w in written)
-    if not spaces or not usual or not set(kinds) <= known:
+    if not usual or not set(kinds) <= known:
         raise ConfigError(
             f"tokenizer.json: its decoder ({', '.join(map(str, kinds))}) does more than to join "
             "the bytes of tokens, so its texts cannot be constrained."

@@ -1,0 +1,93 @@
+"""What the table of an automaton accepts, within the room there is, is all that comes out."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_decoder import EOS, hypotheses, lengthen, sequences, strategy_named, toy
+
+from jaxformer.decoding.constraints import Table, constrained
+from jaxformer.decoding.loop import Finish
+
+STATES, LENGTH = 5, 4
+
+
+def random_table(seed: int, vocabulary: int) -> Table:
+    """Few arrows, so that there are dead ends; the last state is the end."""
+    rng = np.random.default_rng(seed)
+    following = rng.integers(-2, STATES - 1, (STATES, vocabulary)).clip(-1)
+    following[:, EOS] = np.where(rng.random(STATES) < 0.4, STATES - 1, -1)
+    following[-1] = -1
+    ends = following[:, EOS] >= 0
+    need = np.where(ends, 0, 99)
+    need[-1] = -1
+    for _ in range(STATES):
+        after = np.where(following >= 0, need[following], 99)
+        need[:-1] = np.minimum(need, 1 + after.min(1))[:-1]
+    classes, class_of = np.unique(following, axis=1, return_inverse=True)
+    padded = np.full((8, 8), -1)
+    padded[:STATES, : classes.shape[1]] = classes
+    return Table(padded, class_of.reshape(-1), np.pad(need, (0, 3), constant_values=99))
+
+
+def accepted(table: Table, tokens: tuple[int, ...]) -> bool:
+    state = 0
+    for token in tokens:
+        state = table.following[state, table.class_of[token]] if state >= 0 else -1
+    return state >= 0 and table.need[state] <= 0
+
+
+@cache
+def compiled(name: str, width: int):
+    def decode(model, table, limit, alpha):
+        table = Table(*map(jnp.asarray, table))
+        strategy = strategy_named(name, width, alpha)
+        return model.decode(strategy, constrained(table, limit), length=LENGTH, limit=limit)
+
+    return jax.jit(decode)
+
+
+@pytest.mark.parametrize(("name", "width"), [("greedy", 1), ("sample", 4), ("beam", 3)])
+@given(st.integers(0, 2**32 - 1), st.tuples(st.integers(1, LENGTH), st.integers(1, LENGTH)))
+@settings(max_examples=60, deadline=None)
+def test_what_comes_out_is_accepted_or_cannot_be(name, width, seed, limit):
+    model, table = toy(seed), random_table(seed, 5)
+    decoded = compiled(name, width)(model, table, np.array(limit, np.int32), 0.6)
+    for row in range(2):
+        possible = any(accepted(table, s) for s in sequences(5, limit[row]))
+        for i, (tokens, score, log_prob, finish) in enumerate(hypotheses(decoded, row)):
+            assert np.isfinite([score, log_prob]).all()
+            if finish == Finish.DEAD_END:
+                assert tokens == ()
+                assert not possible or (name == "beam" and i)  # fewer than its beams
+            else:
+                assert accepted(table, tokens) and len(tokens) <= limit[row]
+                assert (tokens[-1] == EOS) == (finish == Finish.EOS)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([-1.0, 0.0, 0.6, 2.0]))
+@settings(max_examples=60, deadline=None)
+def test_a_wide_beam_is_brute_force_over_what_is_accepted(seed, alpha):
+    model, table = toy(seed, vocabulary=4), random_table(seed, 4)
+    decoded = compiled("beam", 108)(model, table, np.array([LENGTH, 3], np.int32), alpha)
+    for row, limit in enumerate((LENGTH, 3)):
+        ranked = sorted(
+            (model.log_prob(row, tokens) / lengthen(len(tokens), alpha, "wu"), tokens)
+            for tokens in sequences(4, limit)
+            if accepted(table, tokens)
+        )[::-1]
+        found = [h for h in hypotheses(decoded, row) if h[3] != Finish.DEAD_END]
+        assert {h[0] for h in found} == {tokens for _, tokens in ranked}
+        np.testing.assert_allclose(
+            [h[1] for h in found], [score for score, _ in ranked], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_another_table_of_the_same_size_compiles_nothing():
+    for seed in range(5):
+        compiled("greedy", 1)(toy(seed), random_table(seed, 5), np.full(2, 4, np.int32), 0.6)
+    assert compiled("greedy", 1)._cache_size() == 1
