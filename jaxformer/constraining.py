@@ -4,7 +4,7 @@ All constraints together make one automaton over bytes, and a token takes it as 
 has bytes. Tokens that do the same in every state share a column, so that the table stays small.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -89,10 +89,15 @@ def compile_table(
         assert together is not None
         states, columns, of_token, ends = _over_tokens(together, tokenizer)
     if forced_first >= 0:
-        columns = np.pad(columns, ((0, 0), (0, 1)), constant_values=-1)
+        # Its column is its own, and but for the first row as it was.
+        new = np.full(states, -1)
+        if forced_first in of_token:
+            new = columns[:, of_token[forced_first]]
+        columns = np.column_stack([columns, new])
         columns[START] = -1
         columns[START, -1] = BEGUN
-        of_token |= {forced_first: columns.shape[1] - 1}
+        ends[START] = False
+        of_token[forced_first] = columns.shape[1] - 1
 
     # Column 0 is of tokens that are never allowed, 1 of those that end a text.
     class_of = np.zeros(vocabulary, np.int32)
@@ -128,7 +133,7 @@ def alternatives(phrase: str) -> list[str]:
     return [part.replace("\0", "|") for part in phrase.replace(r"\|", "\0").split("|")]
 
 
-Columns = tuple[int, Int[np.ndarray, "S C"], Mapping[int, int], np.ndarray]
+Columns = tuple[int, Int[np.ndarray, "S C"], dict[int, int], np.ndarray]
 """Rows, the state after each kind of token, the kind of each token, which rows may end."""
 
 
@@ -205,7 +210,7 @@ def _trie(tokenizer: Tokenizer, texts: Sequence[str], forced_first: int) -> Colu
         columns[node, of_token[i]] = child
     columns[START] = columns[BEGUN]
     may_end = np.isin(np.arange(states), list(ends))
-    may_end[START] = may_end[BEGUN] and forced_first < 0
+    may_end[START] = may_end[BEGUN]
     return states, columns, of_token, may_end
 
 
@@ -216,7 +221,8 @@ def tokens_needed(following: Int[np.ndarray, "S C"], ends: np.ndarray) -> Int[np
     pairs = [np.unique(row) for row in following]
     source = np.repeat(np.arange(len(pairs)), [len(p) for p in pairs])
     target = np.concatenate(pairs)
-    source, target = source[target > END], target[target > END]
+    on = (target >= 0) & (target != END)
+    source, target = source[on], target[on]
     distance, reached = 0, ends
     while reached.any():
         distance += 1

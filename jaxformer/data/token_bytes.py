@@ -59,10 +59,7 @@ def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
                     for side in found
                 )
             )
-    raise ConfigError(
-        f"a {type(tokenizer).__name__} cannot be constrained."
-
-    )
+    raise ConfigError(f"a {type(tokenizer).__name__} cannot be constrained.")
 
 
 def _foreign(writer: object) -> TokenBytes:
