@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,21 @@ def test_chunks_neither_change_samples_nor_order(command: Any, monkeypatch: pyte
         one, other = json.loads(a), json.loads(b)
         assert one["text"] == other["text"]
         assert [h["ids"] for h in one["hypotheses"]] == [h["ids"] for h in other["hypotheses"]]
+
+
+def test_constraints_hold(command: Any):
+    for options, pattern in (
+        (("--regex", "[ab]{2}c?"), "[ab]{2}c?"),
+        (("--allowed", "ab", "cd", "--beams", "2"), "ab|cd"),
+        (("--include", "bb|ee", "d", "--prefix", "c"), "c(?=.*(bb|ee))(?=.*d).*"),
+    ):
+        code, out, errors = command("generate", *RUN, *options, given=b"abc\nde")
+        assert (code, errors) == (0, "")
+        assert len(lines := out.splitlines()) == 2
+        assert all(re.fullmatch(pattern, line) for line in lines), lines
+    for bad in (("--regex", "("), ("--regex", "7"), ("--json_schema", "{")):
+        code, out, errors = command("generate", *RUN, *bad, given=b"abc")
+        assert (code, out) == (2, "") and errors.startswith("jaxformer: ")
 
 
 def test_json_has_the_best_and_their_scores(command: Any):

@@ -122,8 +122,8 @@ def minimal(automaton: Automaton) -> Automaton:
 def _bounded(states: int, what: str) -> None:
     if states >= MAX_STATES:
         raise ConfigError(
-            f"{what}: over {MAX_STATES} states are needed; make it shorter, or its repetitions "
-            "fewer."
+            f"{what}: over {MAX_STATES} states are needed; make it shorter, its repetitions fewer, "
+            r"or its classes smaller: in a regex, (?a) makes \w, \d and \s those of ASCII."
         )
 
 

@@ -32,7 +32,8 @@ class Graph:
         if len(self.silent) == MAX_NODES:
             raise ConfigError(
                 f"regex {self.pattern[:80]!r}: it is over {MAX_NODES} steps long when its "
-                "repetitions are written out; make them fewer."
+                "repetitions are written out; make them fewer, or its classes smaller: (?a) makes "
+                r"\w, \d and \s those of ASCII."
             )
         self.silent.append([])
         self.reading.append([])

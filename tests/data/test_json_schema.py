@@ -1,4 +1,4 @@
-"""What a schema's expression matches is valid JSON of that schema; what it cannot say is refused."""
+"""What a schema's expression matches is valid JSON of it; what it cannot say is refused."""
 
 import json
 import re
