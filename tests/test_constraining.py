@@ -87,8 +87,16 @@ WAYS = {
     "beam": DecodeConfig(beams=4, n_best=4),
     "sample": DecodeConfig(samples=3, n_best=3, temperature=1.5, top_k=20),
 }
-every = pytest.mark.parametrize("kind", KINDS)
-ways = pytest.mark.parametrize("way", WAYS)
+QUICK = [("byte", "beam"), ("character", "sample"), ("sentencepiece", "beam"),
+         ("byte-level", "greedy")]  # fmt: skip
+pairs = pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=() if (kind, way) in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for way in WAYS
+    ],
+)
 
 
 def generated(kind: str, way: str, **wanted: Any) -> list[Hypothesis]:
@@ -107,8 +115,7 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-@every
-@ways
+@pairs
 @pytest.mark.slow
 def test_any_text_matches_the_pattern_thoroughly(kind, way):
     inner = st.sampled_from(["a", "b", "é", "[ab1]", "日", "c?", "(?:ab|a|é2)", "[0-9]{1,2}"])
@@ -126,8 +133,7 @@ def test_any_text_matches_the_pattern_thoroughly(kind, way):
     check()
 
 
-@every
-@ways
+@pairs
 def test_any_text_matches_the_pattern(kind, way):
     for pattern in PATTERNS[: 4 if way == "sample" else None]:
         if pattern == " a b " and kind == "sentencepiece" or not pattern:
@@ -136,8 +142,7 @@ def test_any_text_matches_the_pattern(kind, way):
             assert re.fullmatch(pattern, h.text), (pattern, h)
 
 
-@every
-@ways
+@pairs
 def test_phrases_are_included_and_prefixes_begin(kind, way):
     for h in generated(kind, way, include=("bead|ad", "é", "ab"), prefix="ca"):
         assert h.text.startswith("ca") and "ad" in h.text and "é" in h.text and "ab" in h.text
@@ -145,8 +150,7 @@ def test_phrases_are_included_and_prefixes_begin(kind, way):
         assert "12" in h.text and re.fullmatch("[a-c 0-9]{4,9}", h.text)
 
 
-@every
-@ways
+@pairs
 def test_only_what_is_allowed(kind, way):
     allowed = ("ab", "a", "abc é", "日本", "cab bead")
     texts = [h.text for h in generated(kind, way, allowed=allowed)]
@@ -164,8 +168,7 @@ SCHEMA = {
 }  # fmt: skip
 
 
-@every
-@ways
+@pairs
 def test_texts_are_json_of_the_schema(kind, way):
     for h in generated(kind, way, json_schema=json.dumps(SCHEMA)):
         found = json.loads(h.text)
@@ -202,6 +205,9 @@ def test_forced_and_suppressed_ids_take_part():
     assert model("byte").generate(["a"], options) == ["bbb"]
     options = dataclasses.replace(options, max_length=5)
     assert model("byte").generate(["a"], options) == ["bbb"]  # first, three, last
+    no_room = dataclasses.replace(options, regex="b{4}")
+    [h] = model("byte").hypotheses(["a"], no_room)[0].hypotheses
+    assert (h.finish, h.ids) == ("dead_end", ())  # known before anything is written
     allowed = dataclasses.replace(options, regex="", allowed=("bbb", "a"))
     assert model("byte").generate(["a"], allowed) == ["bbb"]
 
