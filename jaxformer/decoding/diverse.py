@@ -16,7 +16,7 @@ def diverse(search: Strategy, groups: int, diversity: float | Float[Array, ""]) 
     """Beam search in groups, chosen in turn within each step; `search` is the `beam` of one group.
 
     To a group, a token is worth `diversity` less for each beam of the groups before it that has
-    just chosen this token and lives on (Hamming diversity); what is lost stays lost in the score.
+    just chosen this token to go on with (Hamming diversity); what is lost stays lost in the score.
     Each group has a pool of its own; at the end the pools are ranked together, so that two groups
     may bring the same text. Groups of one beam are greedy. Vijayakumar et al., 2016.
     """
@@ -37,12 +37,15 @@ def diverse(search: Strategy, groups: int, diversity: float | Float[Array, ""]) 
         for i in range(groups):
             own = logits[:, i * size : (i + 1) * size] - diversity * taken[:, None]
             choice = search.choose(group(state, i), own)
-            lives = ~choice.stop & (choice.state[0] > NEG)
-            taken = taken.at[jnp.arange(rows)[:, None], choice.token].add(lives.astype(taken.dtype))
-            choices.append(choice._replace(parent=choice.parent + i * size))
+            lives = (choice.state[0] > NEG).astype(taken.dtype)
+            taken = taken.at[jnp.arange(rows)[:, None], choice.token].add(lives)
+            choices.append(choice)
         parent, token, log_prob, stop, states = zip(*choices, strict=True)
-        together = (jnp.concatenate(part, 1) for part in (parent, token, log_prob, stop))
-        return Choice(*together, states)
+        parent = [at + i * size for i, at in enumerate(parent)]
+        parent, token, log_prob, stop = (
+            jnp.concatenate(parts, 1) for parts in (parent, token, log_prob, stop)
+        )
+        return Choice(parent, token, log_prob, stop, states)
 
     def finish(state):
         pools = [search.finish(group(state, i)) for i in range(groups)]

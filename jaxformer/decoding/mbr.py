@@ -11,7 +11,7 @@ def expected_chrf(texts: Sequence[str]) -> list[float]:
     sacrebleu's chrF (Popovic 2015), and of equal texts, empty ones too, 100. The time grows with
     the square of the number of different texts.
     """
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     metric, counts = CHRF(), Counter(texts)
 

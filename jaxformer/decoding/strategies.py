@@ -93,10 +93,10 @@ def beam(
         pool = gather(both, best)
 
         # The others live on, until even the kindest length cannot lift them over the pool's worst.
-        live, best = jax.lax.top_k(jnp.where(eos | last, NEG, score), width)
+        live, best = jax.lax.top_k(jnp.where(eos, NEG, score), width)
         parent, token, log_prob = gather((parent, token, log_prob), best)
         kindest = jnp.maximum(penalty(state.t + 1), penalty(state.limit))
-        stop = (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
+        stop = last[:, 0] | (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
         return Choice(
             parent, token, log_prob, jnp.broadcast_to(stop[:, None], token.shape), (live, pool)
         )

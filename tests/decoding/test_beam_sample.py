@@ -96,7 +96,7 @@ def outcomes(model, width, length):
 @pytest.mark.parametrize("length", [1, 2])
 def test_pools_follow_the_exact_probabilities(length):
     rows = 4000
-    model = toy(8, rows=1, vocabulary=4, eos=-0.5)
+    model = toy(8, rows=1, vocabulary=6, eos=-0.5)
     many = model._replace(start=np.repeat(model.start, rows, 0))
     decoded = draw(many, 2, limit=length, length=2)
     counts = Counter(tuple(h[0] for h in hypotheses(decoded, row)) for row in range(rows))
