@@ -116,12 +116,12 @@ def continuations(width: int, eos_ids: Int[Array, " E"]) -> int:
 def gumbel(state: DecodeState, logits: Float[Array, "B W V"]) -> Float[Array, "B W V"]:
     """Noise under which the largest logit is a draw, from each row's own key."""
 
-    def noise(key, i):
-        key = jax.random.fold_in(jax.random.fold_in(key, state.t), i)
+    def noise(key, length, i):
+        key = jax.random.fold_in(jax.random.fold_in(key, length), i)
         return jax.random.gumbel(key, logits.shape[-1:])
 
-    every = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
-    return every(state.keys, jnp.arange(logits.shape[1]))
+    every = jax.vmap(jax.vmap(noise, (None, 0, 0)), (0, 0, None))
+    return every(state.keys, state.length, jnp.arange(logits.shape[1]))
 
 
 def _no_state(tokens: Int[Array, "B W T"], limit: Int[Array, " B"]) -> tuple[()]:
