@@ -24,6 +24,8 @@ LARGEST = 2**26
 """Size of any axis: configs come from elsewhere too, and are believed before anything is read."""
 MOST_HYPOTHESES = 2**16
 """Of one text at once."""
+MOST_GUESSES = 1024
+"""Of one step: more are never right."""
 WIDEST = 2**20
 """Size of a model's or head's width, of which tables of frequencies are made before that, too."""
 
@@ -495,6 +497,10 @@ class DecodeConfig:
     penalty_alpha: float = 0.6
     """How much a candidate's likeness to the text so far counts in contrastive search, against its
     probability; 0 is greedy."""
+    lookup: int = 0
+    """Tokens guessed at a time from what the text or its source said before, which the model checks
+    in one pass; 0 is off. The output is that of greedy, or of one sample, and comes sooner where
+    texts repeat (Leviathan et al. 2023)."""
     length_penalty: float = 0.6
     """Exponent alpha of the length normalisation of beams; 0 is none."""
     length_norm: Literal["wu", "plain"] = "wu"
@@ -522,6 +528,7 @@ class DecodeConfig:
             in_range(self, name, 1, MOST_HYPOTHESES)
         for name in ("samples", "contrastive"):
             in_range(self, name, 0, MOST_HYPOTHESES)
+        in_range(self, "lookup", 0, MOST_GUESSES)
         in_range(self, "diversity", 0, 1e6)
         in_range(self, "penalty_alpha", 0, 1)
         for name in ("top_k", "max_length", "min_length", "seed"):
@@ -557,6 +564,11 @@ class DecodeConfig:
             "contrastive search takes neither beams nor options of sampling; its candidates are "
             "the contrastive most likely tokens, so leave beams, samples, temperature, top_k, "
             "top_p and min_p as they are.",
+        )
+        require(
+            not self.lookup or (self.beams == 1 and self.samples <= 1 and not self.contrastive),
+            "lookup speeds up greedy decoding and one sample; leave beams, samples and contrastive "
+            "as they are, or lookup at 0.",
         )
         require(
             not self.mbr or self.samples > 1,

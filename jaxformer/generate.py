@@ -21,7 +21,8 @@ from jaxformer.decoding.beam_sample import beam_sample
 from jaxformer.decoding.contrastive import contrastive
 from jaxformer.decoding.diverse import diverse
 from jaxformer.decoding.loop import Decoded, Strategy, decode
-from jaxformer.nn.cache import Cache, follow, init_cache, share_prompt
+from jaxformer.decoding.speculative import lookup, speculate
+from jaxformer.nn.cache import Cache, follow, init_cache, keep, share_prompt
 from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
 
@@ -43,6 +44,7 @@ class Method(NamedTuple):
     beams: int = 1
     groups: int = 1
     contrastive: bool = False
+    lookup: int = 0
 
 
 class Numbers(NamedTuple):
@@ -111,6 +113,7 @@ def decode_batch(
         options.beams,
         options.groups,
         options.contrastive > 0,
+        options.lookup,
     )
     numbers = Numbers(  # an int where a float belongs would compile anew
         float(options.temperature),
@@ -151,6 +154,9 @@ def _decode(
     taken = target.seg.sum(1)
 
     slots = target.ids.shape[1] + method.length * width
+    fed = 1 + method.lookup
+    if method.lookup:  # a pass takes as many slots as its luckiest row keeps tokens
+        slots += method.length * (min(rows, fed) - 1) + fed
     cache = init_cache(config, rows, slots, prompt.ids.shape[1] if config.n_encoder_layers else 0)
     hidden, cache = run(target, memory, memory_seg, cache, method="decode")
     last = jnp.take_along_axis(hidden, (taken - 1)[:, None, None], axis=1)[:, 0]
@@ -167,6 +173,21 @@ def _decode(
         logits = run(hidden, method="unembed")
         return logits, Carried(cache, hidden if method.contrastive else None)
 
+    def check(carried: Carried, tokens: Array, count: Array) -> tuple[Array, Carried]:
+        """A token of each row and the guesses after it; those beyond its limit are as padding."""
+        there = count[:, None] + jnp.arange(fed)
+        pos = jnp.minimum(taken[:, None] + there, config.max_length - 1)
+        queries = Tokens(tokens, pos, (there < limit[:, None]).astype(jnp.int32))
+        hidden, cache = run(queries, None, None, carried.cache, method="decode")
+        return run(hidden, method="unembed"), Carried(cache, None)
+
+    loop = partial(decode, step)
+    if method.lookup:
+        known = jnp.minimum(prompt.ids, config.vocab_size - 1)
+        guess = lookup(known, prompt.seg.sum(1), method.lookup)
+        loop = partial(
+            speculate, check, lambda c, kept: Carried(keep(c.cache, fed, kept), None), guess
+        )
     parts = _constraints(config, method, numbers, limit)
     if method.sampling:
         parts += [
@@ -177,8 +198,7 @@ def _decode(
         ]
     now = jnp.broadcast_to(last[:, None], (rows, width, last.shape[-1]))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row_ids)
-    return decode(
-        step,
+    return loop(
         logits,
         Carried(share_prompt(cache, width), now if method.contrastive else None),
         _strategy(method, numbers, hidden, target.seg > 0),

@@ -241,6 +241,15 @@ def test_one_candidate_is_greedy_and_more_than_the_vocabulary_are_all():
     assert_same(lively.hypotheses(TEXTS, every), lively.hypotheses(TEXTS, more))
 
 
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_looking_up_changes_nothing_but_the_passes(kind: str):
+    lively = model(kind, eos=-2.0)
+    drawn = DecodeConfig(temperature=0.7, seed=3, forced_last=LETTERS.eos_id)
+    for way, k, size in ((GREEDY, 3, 1), (drawn, 20, 64)):
+        options = dataclasses.replace(way, lookup=k, batch_size=size)
+        assert_same(lively.hypotheses(TEXTS, options), lively.hypotheses(TEXTS, way))
+
+
 def test_minimum_bayes_risk_ranks_the_same_samples():
     lively = model("decoder-only", eos=-2.0)
     samples = DecodeConfig(samples=8, n_best=8, seed=7)
