@@ -125,7 +125,7 @@ def lookup(
             same &= (jnp.roll(text, back, 1) == last) & (at >= back)
             alike += same
         best = jnp.argmax(jnp.where(at < end, alike * at.size + at, -1), 1)[:, None]
-        follows = jnp.minimum(best + jnp.arange(k), at.size - 1)
+        follows = best + jnp.arange(k) % jnp.maximum(end - best, 1)  # at the end, round again
         return jnp.take_along_axis(text, follows, 1).astype(jnp.int32)
 
     return guess
