@@ -24,6 +24,8 @@ LARGEST = 2**26
 """Size of any axis: configs come from elsewhere too, and are believed before anything is read."""
 MOST_HYPOTHESES = 2**16
 """Of one text at once."""
+MOST_GUESSES = 1024
+"""Of one step: more are never right."""
 WIDEST = 2**20
 """Size of a model's or head's width, of which tables of frequencies are made before that, too."""
 
@@ -470,7 +472,11 @@ class DecodeConfig:
     """How text is generated: greedy, unless beams or an option of sampling says otherwise."""
 
     beams: int = 1
-    """Beams per text; more than 1 is beam search."""
+    """Beams per text; more than 1 is beam search, or beam sampling if an option asks to sample."""
+    groups: int = 1
+    """Equal groups of beams; more than 1 is diverse beam search (Vijayakumar et al. 2016)."""
+    diversity: float = 0.5
+    """What a token is worth less to a group for each beam of earlier groups that just chose it."""
     samples: int = 0
     """Samples per text; 0 is one, if another option asks to sample."""
     n_best: int = 1
@@ -483,6 +489,18 @@ class DecodeConfig:
     """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)."""
     min_p: float = 0.0
     """Sample among tokens at least this fraction as likely as the best (Nguyen et al. 2024)."""
+    mbr: bool = False
+    """Rank samples by their mean chrF against all of them: minimum Bayes risk (Eikema and Aziz
+    2020). Their score is that mean."""
+    contrastive: int = 0
+    """Candidates for each token of contrastive search (Su et al. 2022); 0 is off."""
+    penalty_alpha: float = 0.6
+    """How much a candidate's likeness to the text so far counts in contrastive search, against its
+    probability; 0 is greedy."""
+    lookup: int = 0
+    """Tokens guessed at a time from what the text or its source said before, which the model checks
+    in one pass; 0 is off. The output is that of greedy, or of one sample, and comes sooner where
+    texts repeat (Leviathan et al. 2023)."""
     length_penalty: float = 0.6
     """Exponent alpha of the length normalisation of beams; 0 is none."""
     length_norm: Literal["wu", "plain"] = "wu"
@@ -518,9 +536,13 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         in_range(self, "batch_size", 1)
-        for name in ("beams", "n_best"):
+        for name in ("beams", "groups", "n_best"):
             in_range(self, name, 1, MOST_HYPOTHESES)
-        in_range(self, "samples", 0, MOST_HYPOTHESES)
+        for name in ("samples", "contrastive"):
+            in_range(self, name, 0, MOST_HYPOTHESES)
+        in_range(self, "lookup", 0, MOST_GUESSES)
+        in_range(self, "diversity", 0, 1e6)
+        in_range(self, "penalty_alpha", 0, 1)
         for name in ("top_k", "max_length", "min_length", "seed"):
             in_range(self, name, 0, 2**31 - 1)
         in_range(self, "temperature", 0, 1e6)
@@ -544,9 +566,33 @@ class DecodeConfig:
             f"min_length {self.min_length} is more than max_length {self.max_length}.",
         )
         require(
-            self.beams == 1 or not self.sampling,
-            "beams search and temperature, top_k, top_p, min_p and samples draw at random; "
-            "give beams or those, not both.",
+            self.beams == 1 or self.samples <= 1,
+            f"beams is {self.beams} and samples {self.samples}; give beams (with temperature, "
+            "top_k, top_p or min_p to draw their continuations) or samples, not both.",
+        )
+        require(
+            self.beams % self.groups == 0,
+            f"{self.beams} beams make no {self.groups} equal groups; change beams or groups.",
+        )
+        require(
+            self.groups == 1 or not self.sampling,
+            "groups of beams search and temperature, top_k, top_p, min_p and samples draw at "
+            "random; give groups or those, not both.",
+        )
+        require(
+            not self.contrastive or (self.beams == 1 and not self.sampling),
+            "contrastive search takes neither beams nor options of sampling; its candidates are "
+            "the contrastive most likely tokens, so leave beams, samples, temperature, top_k, "
+            "top_p and min_p as they are.",
+        )
+        require(
+            not self.lookup or (self.beams == 1 and self.samples <= 1 and not self.contrastive),
+            "lookup speeds up greedy decoding and one sample; leave beams, samples and contrastive "
+            "as they are, or lookup at 0.",
+        )
+        require(
+            not self.mbr or self.samples > 1,
+            f"mbr ranks samples, and samples is {self.samples}; ask for more, as 16.",
         )
         require(
             self.n_best <= self.width,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
 from jaxformer.batching import power_of_two
@@ -18,9 +18,13 @@ from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.constraining import compile_table, constraints
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding import processors, strategies
+from jaxformer.decoding.beam_sample import beam_sample
 from jaxformer.decoding.constraints import Table, constrained
-from jaxformer.decoding.loop import Decoded, decode
-from jaxformer.nn.cache import Cache, follow, init_cache, share_prompt
+from jaxformer.decoding.contrastive import contrastive
+from jaxformer.decoding.diverse import diverse
+from jaxformer.decoding.loop import Decoded, Strategy, decode
+from jaxformer.decoding.speculative import lookup, speculate
+from jaxformer.nn.cache import Cache, follow, init_cache, keep, share_prompt
 from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
 
@@ -39,6 +43,10 @@ class Method(NamedTuple):
     suppress_first: tuple[int, ...] = ()
     forced_first: int = -1
     forced_last: int = -1
+    beams: int = 1
+    groups: int = 1
+    contrastive: bool = False
+    lookup: int = 0
 
 
 class Numbers(NamedTuple):
@@ -50,6 +58,16 @@ class Numbers(NamedTuple):
     min_p: float
     length_penalty: float
     min_length: int = 0
+    diversity: float = 0.0
+    penalty_alpha: float = 0.0
+
+
+class Carried(NamedTuple):
+    """What a step hands to the next."""
+
+    cache: Cache
+    hidden: Float[Array, "B W D"] | None
+    """The last hidden states, for the strategy that reads them."""
 
 
 def prepare(params: Any) -> Any:
@@ -84,7 +102,7 @@ def decode_batch(
     limit = np.minimum(room, options.max_length) if options.max_length else room
     method = Method(
         options.sampling,
-        options.width,
+        min(options.contrastive, config.vocab_size) or options.width,
         min(power_of_two(int(limit.max()), 16), config.max_length),
         options.length_norm,
         tokenizer.start_id,
@@ -94,6 +112,10 @@ def decode_batch(
         options.suppress_first,
         options.forced_first,
         options.forced_last,
+        options.beams,
+        options.groups,
+        options.contrastive > 0,
+        options.lookup,
     )
     numbers = Numbers(  # an int where a float belongs would compile anew
         float(options.temperature),
@@ -102,6 +124,8 @@ def decode_batch(
         float(options.min_p),
         float(options.length_penalty),
         options.min_length,
+        float(options.diversity),
+        float(options.penalty_alpha),
     )
     table = None
     if wanted := constraints(options):
@@ -124,7 +148,7 @@ def _decode(
     numbers: Numbers,
     seed: Int[Array, ""],
     row_ids: Int[Array, " B"],
-    table: Table | None,
+    table: Table | None = None,
 ) -> Decoded:
     """Encode, prefill and decode a batch of prompts."""
     run = partial(apply, config, params)
@@ -138,39 +162,56 @@ def _decode(
     taken = target.seg.sum(1)
 
     slots = target.ids.shape[1] + method.length * width
+    fed = 1 + method.lookup
+    if method.lookup:  # a pass takes as many slots as its luckiest row keeps tokens
+        slots += method.length * (min(rows, fed) - 1) + fed
     cache = init_cache(config, rows, slots, prompt.ids.shape[1] if config.n_encoder_layers else 0)
     hidden, cache = run(target, memory, memory_seg, cache, method="decode")
     last = jnp.take_along_axis(hidden, (taken - 1)[:, None, None], axis=1)[:, 0]
     logits = run(last, method="unembed")
 
-    def step(cache: Cache, tokens: Array, parent: Array | None, t: Array) -> tuple[Array, Cache]:
+    def step(
+        carried: Carried, tokens: Array, parent: Array | None, t: Array
+    ) -> tuple[Array, Carried]:
         """One token for each of the `width` hypotheses, as that many queries of its row."""
         pos = jnp.broadcast_to(taken[:, None] + t, tokens.shape)
         queries = Tokens(tokens, pos, jnp.ones_like(tokens))
-        hidden, cache = run(queries, None, None, follow(cache, parent), method="decode")
-        return run(hidden, method="unembed"), cache
+        cache = follow(carried.cache, parent)
+        hidden, cache = run(queries, None, None, cache, method="decode")
+        logits = run(hidden, method="unembed")
+        return logits, Carried(cache, hidden if method.contrastive else None)
 
+    def check(carried: Carried, tokens: Array, count: Array) -> tuple[Array, Carried]:
+        """A token of each row and the guesses after it; those beyond its limit are as padding."""
+        there = count[:, None] + jnp.arange(fed)
+        pos = jnp.minimum(taken[:, None] + there, config.max_length - 1)
+        queries = Tokens(tokens, pos, (there < limit[:, None]).astype(jnp.int32))
+        hidden, cache = run(queries, None, None, carried.cache, method="decode")
+        return run(hidden, method="unembed"), Carried(cache, None)
+
+    loop = partial(decode, step)
+    if method.lookup:
+        known = jnp.minimum(prompt.ids, config.vocab_size - 1)
+        guess = lookup(known, prompt.seg.sum(1), method.lookup)
+        loop = partial(
+            speculate, check, lambda c, kept: Carried(keep(c.cache, fed, kept), None), guess
+        )
     parts = _constraints(config, method, numbers, limit)
     if table is not None:  # a forced end takes the last place
         parts.append(constrained(table, limit - (method.forced_last >= 0)))
     if method.sampling:
-        strategy = strategies.sample(width)
         parts += [
             processors.temperature(numbers.temperature),
             processors.top_k(numbers.top_k),
             processors.top_p(numbers.top_p),
             processors.min_p(numbers.min_p),
         ]
-    elif width > 1:
-        strategy = strategies.beam(width, numbers.length_penalty, method.norm)
-    else:
-        strategy = strategies.greedy()
+    now = jnp.broadcast_to(last[:, None], (rows, width, last.shape[-1]))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row_ids)
-    return decode(
-        step,
+    return loop(
         logits,
-        share_prompt(cache, width),
-        strategy,
+        Carried(share_prompt(cache, width), now if method.contrastive else None),
+        _strategy(method, numbers, hidden, target.seg > 0),
         processors.chain(*parts),
         length=method.length,
         limit=limit,
@@ -178,6 +219,22 @@ def _decode(
         pad_id=method.pad_id,
         keys=keys,
     )
+
+
+def _strategy(
+    method: Method, numbers: Numbers, hidden: Float[Array, "B P D"], there: Bool[Array, "B P"]
+) -> Strategy:
+    """How tokens are chosen, after a prompt with these hidden states where there are tokens."""
+    width = method.width
+    if method.contrastive:
+        return contrastive(width, numbers.penalty_alpha, lambda c: c.hidden, hidden, there)
+    if method.beams > 1:
+        size = width // method.groups
+        search = strategies.beam(size, numbers.length_penalty, method.norm)
+        if method.sampling:
+            return beam_sample(search)
+        return diverse(search, method.groups, numbers.diversity) if method.groups > 1 else search
+    return strategies.sample(width) if method.sampling else strategies.greedy()
 
 
 def _constraints(

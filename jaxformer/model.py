@@ -16,14 +16,16 @@ from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
 from jaxformer.data.tasks import encode_source, encode_target
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, Finish
+from jaxformer.decoding.mbr import expected_chrf
 from jaxformer.errors import ConfigError
 from jaxformer.generate import decode_batch, prepare
 from jaxformer.types import Batch, Tokens
 
 
 class Hypothesis(NamedTuple):
-    """One generated text. `score` ranks it: length-normalised under beam search, else `log_prob`,
-    the log-probability of its `ids` under the model in nats."""
+    """One generated text. `score` ranks it: length-normalised under beam search, the mean chrF
+    against all samples under `mbr`, else `log_prob`, the log-probability of its `ids` under the
+    model in nats."""
 
     text: str
     score: float
@@ -124,9 +126,7 @@ class Model:
                 self.config, self._prepared, self.tokenizer, prompt, row_ids, decode
             )
             for row, i in enumerate(ids):
-                results[i] = Generated(
-                    tuple(self._hypothesis(decoded, row, n) for n in range(decode.n_best))
-                )
+                results[i] = Generated(self._ranked(decoded, row, decode))
         return results
 
     def score(self, sources: Sequence[str], targets: Sequence[str]) -> list[float]:
@@ -282,6 +282,16 @@ class Model:
             f"the text has {len(ids)} tokens, but the model reads at most {most} "
             f"(max_length {self.config.max_length}); shorten or split it."
         )
+
+    def _ranked(self, decoded: Decoded, row: int, decode: DecodeConfig) -> tuple[Hypothesis, ...]:
+        """The `n_best` hypotheses of a row; dead ends last."""
+        most = decode.samples if decode.mbr else decode.n_best
+        found = [self._hypothesis(decoded, row, n) for n in range(most)]
+        if decode.mbr:
+            means = expected_chrf([h.text for h in found])
+            found = [h._replace(score=mean) for h, mean in zip(found, means, strict=True)]
+            found.sort(key=lambda h: (h.finish == "dead_end", -h.score))
+        return tuple(found[: decode.n_best])
 
     def _hypothesis(self, decoded: Decoded, row: int, n: int) -> Hypothesis:
         ids = decoded.tokens[row, n, : decoded.length[row, n]].tolist()

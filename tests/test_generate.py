@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from flax import linen as nn
 
 import jaxformer
 from jaxformer import run
+from jaxformer.batching import pad
 from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
 from jaxformer.data import pipeline
 from jaxformer.data.tokenizer import N_SPECIAL, SymbolTokenizer
+from jaxformer.decoding.mbr import expected_chrf
 from jaxformer.errors import ConfigError
 from jaxformer.generate import _decode
 from jaxformer.model import Model
@@ -81,7 +83,14 @@ def compiled() -> int:
 GREEDY = DecodeConfig()
 BEAMS = DecodeConfig(beams=3, n_best=3)
 SAMPLES = DecodeConfig(samples=3, n_best=3, seed=7)
-ways = pytest.mark.parametrize("way", [GREEDY, BEAMS, SAMPLES], ids=["greedy", "beam", "sample"])
+DIVERSE = DecodeConfig(beams=4, groups=2, n_best=3)
+BEAM_SAMPLES = DecodeConfig(beams=3, samples=1, n_best=3, seed=7)
+CONTRASTIVE = DecodeConfig(contrastive=3)
+WAYS = {
+    "greedy": GREEDY, "beam": BEAMS, "sample": SAMPLES,
+    "diverse": DIVERSE, "beam_sample": BEAM_SAMPLES, "contrastive": CONTRASTIVE,
+}  # fmt: skip
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def assert_same(a: list, b: list) -> None:
@@ -105,7 +114,8 @@ def test_the_score_of_decoding_is_that_of_scoring(lively: Model, way: DecodeConf
         assert scores == sorted(scores, reverse=True)
         for h in result.hypotheses:
             penalty = ((5 + len(h.ids)) / 6) ** way.length_penalty if way.beams > 1 else 1
-            assert h.score == pytest.approx(h.log_prob / penalty, abs=1e-4)
+            if way.groups == 1:  # else what groups took from each other is in the score
+                assert h.score == pytest.approx(h.log_prob / penalty, abs=1e-4)
             if h.finish == "eos":
                 assert LETTERS.encode(h.text) == list(h.ids[:-1])
                 ended.append((text, h))
@@ -128,7 +138,7 @@ def test_neither_batch_nor_order_matters(way: DecodeConfig):
         distinct = {h.ids for result in together for h in result.hypotheses}
         assert len(distinct) > len(TEXTS)
         other = lively.hypotheses(TEXTS, dataclasses.replace(way, seed=8))
-        assert [r.hypotheses[0].ids for r in other] != [r.hypotheses[0].ids for r in together]
+        assert distinct != {h.ids for result in other for h in result.hypotheses}
     else:
         assert_same(together, lively.hypotheses(TEXTS[::-1], way)[::-1])
 
@@ -162,6 +172,100 @@ def test_numbers_compile_nothing_anew():
     assert compiled() == before
     lively.hypotheses(TEXTS, DecodeConfig(samples=2))
     assert compiled() > before
+
+
+def test_numbers_of_other_strategies_compile_nothing_anew():
+    lively = model("decoder-only")
+    first: list[dict[str, Any]] = [
+        {"beams": 4, "groups": 2}, {"beams": 3, "temperature": 0.5}, {"contrastive": 3},
+    ]  # fmt: skip
+    then: list[dict[str, Any]] = [
+        {"beams": 4, "groups": 2, "diversity": 2, "length_penalty": 0},
+        {"beams": 3, "top_k": 2, "seed": 3},
+        {"contrastive": 3, "penalty_alpha": 0.1},
+    ]
+    for option in first:
+        lively.hypotheses(TEXTS, DecodeConfig(**option))
+    before = compiled()
+    for option in then:
+        lively.hypotheses(TEXTS, DecodeConfig(**option))
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_contrastive_search_is_that_of_the_paper(kind: str):
+    """Every candidate through the whole model, without a cache."""
+    lively = model(kind, eos=-2.0)
+    k, alpha, length, config = 4, 0.8, 6, lively.config
+    run = jax.jit(partial(transformer.apply, config), static_argnames="method")
+    params = lively.params
+
+    def states(prompt: list[int], text: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Last hidden states, and the probability of each next token after the last."""
+        ids = [LETTERS.start_id, *text] if config.n_encoder_layers else [*prompt, *text]
+        memory = memory_seg = None
+        if config.n_encoder_layers:
+            source = pad([prompt], LONGEST, LETTERS.pad_id)
+            memory, memory_seg = run(params, source, method="encode"), source.seg
+        target = pad([ids], LONGEST, LETTERS.pad_id)
+        hidden, _ = run(params, target, memory, memory_seg, method="decode")
+        logits = run(params, hidden[:, len(ids) - 1], method="unembed")
+        return np.asarray(hidden[0, : len(ids)]), np.asarray(jax.nn.softmax(logits[0]))
+
+    different = 0
+    way = DecodeConfig(contrastive=k, penalty_alpha=alpha, max_length=length)
+    greedy = lively.hypotheses(TEXTS[1:5], DecodeConfig(max_length=length))
+    found = lively.hypotheses(TEXTS[1:5], way)
+    for text, result, other in zip(TEXTS[1:5], found, greedy, strict=True):
+        prompt, ids = lively._prompt(text), []
+        while len(ids) < length and LETTERS.eos_id not in ids:
+            _, probability = states(prompt, ids)
+            values = {}
+            for token in np.argsort(-probability)[:k].tolist():
+                hidden, _ = states(prompt, [*ids, token])
+                *past, new = hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
+                values[token] = (1 - alpha) * probability[token] - alpha * max(past @ new)
+            ids.append(max(values, key=lambda token: values[token]))
+        assert result.hypotheses[0].ids == tuple(ids)
+        different += other.hypotheses[0].ids != tuple(ids)
+    assert different
+
+
+def test_one_candidate_is_greedy_and_more_than_the_vocabulary_are_all():
+    lively, size = model("decoder-only"), LETTERS.vocab_size
+    greedy = lively.hypotheses(TEXTS, GREEDY)
+    assert_same(greedy, lively.hypotheses(TEXTS, DecodeConfig(contrastive=1)))
+    every = DecodeConfig(contrastive=size)
+    assert_same(greedy, lively.hypotheses(TEXTS, dataclasses.replace(every, penalty_alpha=0)))
+    more = dataclasses.replace(every, contrastive=2 * size)
+    assert_same(lively.hypotheses(TEXTS, every), lively.hypotheses(TEXTS, more))
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_looking_up_changes_nothing_but_the_passes(kind: str):
+    lively = model(kind, eos=-2.0)
+    drawn = DecodeConfig(temperature=0.7, seed=3, forced_last=LETTERS.eos_id)
+    for way, k, size in ((GREEDY, 3, 1), (drawn, 20, 64)):
+        options = dataclasses.replace(way, lookup=k, batch_size=size)
+        assert_same(lively.hypotheses(TEXTS, options), lively.hypotheses(TEXTS, way))
+
+
+def test_minimum_bayes_risk_ranks_the_same_samples():
+    lively = model("decoder-only", eos=-2.0)
+    samples = DecodeConfig(samples=8, n_best=8, seed=7)
+    plain = lively.hypotheses(TEXTS, samples)
+    ranked = lively.hypotheses(TEXTS, dataclasses.replace(samples, mbr=True))
+    best = lively.hypotheses(TEXTS, dataclasses.replace(samples, mbr=True, n_best=1))
+    moved = 0
+    for x, y, z in zip(plain, ranked, best, strict=True):
+        assert sorted(h.ids for h in x.hypotheses) == sorted(h.ids for h in y.hypotheses)
+        texts = [h.text for h in y.hypotheses]
+        scores = [h.score for h in y.hypotheses]
+        assert scores == pytest.approx(expected_chrf(texts))
+        assert scores == sorted(scores, reverse=True)
+        assert z.hypotheses == y.hypotheses[:1]
+        moved += x.hypotheses[0].ids != y.hypotheses[0].ids
+    assert moved
 
 
 def test_lengths_compile_once_a_bucket():

@@ -24,12 +24,7 @@ def sample(n: int) -> Strategy:
     """n independent samples per row from the processed distribution."""
 
     def choose(state, logits):
-        def noise(key, i):
-            key = jax.random.fold_in(jax.random.fold_in(key, state.t), i)
-            return jax.random.gumbel(key, logits.shape[-1:])
-
-        every = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))
-        return _pick(state, logits, logits + every(state.keys, jnp.arange(n)))
+        return _pick(state, logits, logits + gumbel(state, logits))
 
     return Strategy(n, _no_state, choose, _ranked)
 
@@ -64,9 +59,7 @@ def beam(
     def choose(state, logits):
         live, pool = state.strategy
         rows, _, vocabulary = logits.shape
-        # Enough for `width` to live on though each beam may end in every way there is. A beam of 1
-        # has no second choice, so it ends where greedy does, whatever alpha is.
-        wanted = (1 + max(state.eos_ids.size, 1)) * width if width > 1 else 1
+        wanted = continuations(width, state.eos_ids)
         k = min(wanted, vocabulary)
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.
@@ -100,15 +93,35 @@ def beam(
         pool = gather(both, best)
 
         # The others live on, until even the kindest length cannot lift them over the pool's worst.
-        live, best = jax.lax.top_k(jnp.where(eos | last, NEG, score), width)
+        live, best = jax.lax.top_k(jnp.where(eos, NEG, score), width)
         parent, token, log_prob = gather((parent, token, log_prob), best)
         kindest = jnp.maximum(penalty(state.t + 1), penalty(state.limit))
-        stop = (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
+        stop = last[:, 0] | (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
         return Choice(
             parent, token, log_prob, jnp.broadcast_to(stop[:, None], token.shape), (live, pool)
         )
 
     return Strategy(width, init, choose, lambda state: state.strategy[1])
+
+
+def continuations(width: int, eos_ids: Int[Array, " E"]) -> int:
+    """How many continuations of a row `beam` ranks in a step.
+
+    Enough for `width` to live on though each beam may end in every way there is. A beam of 1 has no
+    second choice, so it ends where greedy does, whatever alpha is.
+    """
+    return (1 + max(eos_ids.size, 1)) * width if width > 1 else 1
+
+
+def gumbel(state: DecodeState, logits: Float[Array, "B W V"]) -> Float[Array, "B W V"]:
+    """Noise under which the largest logit is a draw, from each row's own key."""
+
+    def noise(key, length, i):
+        key = jax.random.fold_in(jax.random.fold_in(key, length), i)
+        return jax.random.gumbel(key, logits.shape[-1:])
+
+    every = jax.vmap(jax.vmap(noise, (None, 0, 0)), (0, 0, None))
+    return every(state.keys, state.length, jnp.arange(logits.shape[1]))
 
 
 def _no_state(tokens: Int[Array, "B W T"], limit: Int[Array, " B"]) -> tuple[()]:

@@ -90,3 +90,15 @@ def follow(cache: Cache, parent: Int[Array, "B W"] | None) -> Cache:
         seen = jnp.take_along_axis(seen, parent[:, :, None], axis=1)
     own = jnp.broadcast_to(jnp.eye(width, dtype=bool), (seen.shape[0], width, width))
     return cache._replace(seen=jax.lax.dynamic_update_slice(seen, own, (0, 0, cache.filled)))
+
+
+def keep(cache: Cache, fed: int, kept: Int[Array, " B"]) -> Cache:
+    """The cache without all but the first `kept` of the last `fed` tokens of each row.
+
+    Slots that no row keeps are free again; width 1 only.
+    """
+    start = cache.filled - fed
+    pos = jax.lax.dynamic_slice_in_dim(cache.pos, start, fed, 1)
+    pos = jnp.where(jnp.arange(fed) < kept[:, None], pos, NOWHERE)
+    pos = jax.lax.dynamic_update_slice_in_dim(cache.pos, pos, start, 1)
+    return cache._replace(pos=pos, filled=start + kept.max())
