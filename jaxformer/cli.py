@@ -271,6 +271,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
     """Parse the options of a command on a run, whose own decode options are the defaults."""
+    from jaxformer.constraining import read_files
     from jaxformer.inspecting import read_decode
 
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--run=") else [a])]
@@ -287,7 +288,8 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
             decode, samples=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, n_best=1
         )
     default = kind(run=tyro.MISSING, decode=decode)
-    return tyro.cli(kind, default=default, args=argv, config=PLAIN)
+    options = tyro.cli(kind, default=default, args=argv, config=PLAIN)
+    return dataclasses.replace(options, decode=read_files(options.decode, decode))
 
 
 def _opened(path: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:

@@ -523,12 +523,13 @@ class DecodeConfig:
     prefix: str = ""
     """What every text begins with."""
     allowed: tuple[str, ...] = ()
-    """The only texts there may be; @FILE is those of a file, one a line (De Cao et al. 2021)."""
+    """The only texts there may be (De Cao et al. 2021). On the command line, @FILE is those of a
+    file, one a line."""
     regex: str = ""
     """Regular expression, in Python's syntax, that every text matches from end to end."""
     json_schema: str = ""
-    """JSON Schema, or @FILE with one, of what every text is: objects have their properties in
-    this order and no others."""
+    """JSON Schema of what every text is (on the command line also @FILE): objects have their
+    properties in this order and no others."""
     seed: int = 0
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64

@@ -4,6 +4,7 @@ All constraints together make one automaton over bytes, and a token takes it as 
 has bytes. Tokens that do the same in every state share a column, so that the table stays small.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -33,7 +34,7 @@ START, BEGUN, END, OWN = 0, 1, 2, 3
 
 
 class Constraints(NamedTuple):
-    """What the constraints of a `DecodeConfig` ask of a text, with all files read."""
+    """What the constraints of a `DecodeConfig` ask of a text."""
 
     include: tuple[str, ...]
     prefix: str
@@ -42,28 +43,38 @@ class Constraints(NamedTuple):
 
 
 def constraints(options: DecodeConfig) -> Constraints | None:
-    """The constraints among `options`, or None if there is none.
+    """The constraints among `options`, or None if there is none."""
+    regex = to_regex(options.json_schema) if options.json_schema else options.regex
+    found = Constraints(options.include, options.prefix, options.allowed, regex)
+    return found if any(found) else None
 
-    Raises `DataError` if a file they name cannot be read.
+
+def read_files(options: DecodeConfig, default: DecodeConfig) -> DecodeConfig:
+    """`options` with the files read that they name by @FILE, unless they are the default's: what
+    came with a model names no files of its user's.
+
+    Raises `DataError` if one cannot be read.
     """
-    allowed = tuple(
-        line
-        for text in options.allowed
-        for line in (_file(text).split("\n") if text.startswith("@") else [text])
-        if line
-    )
-    regex = options.regex
-    if schema := options.json_schema:
-        regex = to_regex(_file(schema) if schema.startswith("@") else schema)
-    found = Constraints(options.include, options.prefix, allowed, regex)
-    return found if any(found) or options.allowed else None
+    changes = {}
+    if options.allowed != default.allowed:
+        changes["allowed"] = tuple(
+            line
+            for text in options.allowed
+            for line in (_file(text[1:]).split("\n") if text.startswith("@") else [text])
+            if line
+        )
+        if not changes["allowed"]:
+            raise DataError(f"allowed: there is no text in {', '.join(options.allowed)}.")
+    if options.json_schema != default.json_schema and options.json_schema.startswith("@"):
+        changes["json_schema"] = _file(options.json_schema[1:])
+    return dataclasses.replace(options, **changes)
 
 
-def _file(named: str) -> str:
+def _file(name: str) -> str:
     try:
-        return read_capped(Path(named[1:]), MAX_FILE, DataError).decode().replace("\r\n", "\n")
+        return read_capped(Path(name), MAX_FILE, DataError).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as e:
-        raise DataError(f"{named[1:]}: not UTF-8 ({e.reason} at byte {e.start}).") from None
+        raise DataError(f"{name}: not UTF-8 ({e.reason} at byte {e.start}).") from None
 
 
 @lru_cache(16)

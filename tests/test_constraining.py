@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
-from jaxformer.constraining import Constraints, alternatives, compile_table, constraints
+from jaxformer.constraining import Constraints, alternatives, compile_table, constraints, read_files
 from jaxformer.data.foreign import from_files
 from jaxformer.data.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer, train_sentencepiece
 from jaxformer.errors import ConfigError, DataError
@@ -260,13 +260,16 @@ def test_what_cannot_be_is_said(options, message):
 def test_files_and_bars(tmp_path):
     (tmp_path / "allowed.txt").write_bytes("a\r\né\n\n".encode())
     (tmp_path / "schema.json").write_text('{"const": 1}')
+    (tmp_path / "empty").touch()
+    none = DecodeConfig()
     options = DecodeConfig(allowed=("b", f"@{tmp_path}/allowed.txt"), include=(r"a\|b",),
                            json_schema=f"@{tmp_path}/schema.json")  # fmt: skip
-    assert constraints(options) == Constraints((r"a\|b",), "", ("b", "a", "é"), "1")
-    assert constraints(DecodeConfig()) is None
+    wanted = Constraints((r"a\|b",), "", ("b", "a", "é"), "1")
+    assert constraints(read_files(options, none)) == wanted
+    assert read_files(options, options) == options  # a model's own defaults read nothing
+    assert constraints(none) is None
     assert alternatives(r"a\|b|c") == ["a|b", "c"]
-    with pytest.raises(DataError, match="none.txt"):
-        constraints(DecodeConfig(allowed=("@none.txt",)))
     (tmp_path / "latin").write_bytes(b"\xe9")
-    with pytest.raises(DataError, match="not UTF-8"):
-        constraints(DecodeConfig(allowed=(f"@{tmp_path}/latin",)))
+    for name, message in (("none", "cannot read"), ("latin", "not UTF-8"), ("empty", "no text")):
+        with pytest.raises(DataError, match=message):
+            read_files(DecodeConfig(allowed=(f"@{tmp_path}/{name}",)), none)
