@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     name, *rest = arguments
+    _keep_compiled()
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if name not in COMMANDS:
@@ -151,6 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _keep_compiled() -> None:
+    """Have jax keep what it compiles in the user's cache directory, unless it is told where."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "jaxformer" / "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _stop(number: int, _: object) -> None:

@@ -586,3 +586,17 @@ def test_a_broken_pipe_is_quiet():
         errors = process.stderr.read()
         assert process.wait(60) == 141
     assert errors == b""
+
+
+def test_what_was_compiled_is_kept_where_the_user_keeps_such_things(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # to be put back as it was
+    assert main(["generate", "--run", "none"]) == 4
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jaxformer" / "compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert main(["generate", "--run", "none"]) == 4
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
