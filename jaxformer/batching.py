@@ -26,9 +26,13 @@ def in_buckets(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], i
         yield batch, power_of_two(lengths[batch[0]], 8)
 
 
-def pad(ids: Sequence[Sequence[int] | Int[np.ndarray, "T"]], length: int, pad_id: int) -> Tokens:
-    """Right-pad to `length`, and to a power of two of rows; rows that fill up repeat the first."""
-    rows = [*ids, *([ids[0]] * (power_of_two(len(ids), 1) - len(ids)))]
+def pad(
+    ids: Sequence[Sequence[int] | Int[np.ndarray, "T"]], length: int, pad_id: int, parts: int = 1
+) -> Tokens:
+    """Right-pad to `length`, and to a power of two of rows in each of `parts`; rows that fill up
+    repeat the first."""
+    count = parts * power_of_two(-(-len(ids) // parts), 1)
+    rows = [*ids, *([ids[0]] * (count - len(ids)))]
     out = np.full((len(rows), length), pad_id, np.int32)
     seg = np.zeros_like(out)
     for row, values in enumerate(rows):

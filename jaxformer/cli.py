@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from jaxformer import config
-from jaxformer.config import DecodeConfig, hint
+from jaxformer.config import BulkConfig, DecodeConfig, hint
 from jaxformer.errors import ConfigError, DataError, Stopped, UserError
 
 USAGE = """\
@@ -59,7 +59,8 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Read lines from standard input, and write one line of generated text for each.
+    """Read lines, and write one line of generated text for each; or with --input and --output,
+    read a file of records and write a folder of them, each with its text.
 
     In plain text, control characters and newlines are escaped, and a line that is too long for the
     model gives an empty one and a message.
@@ -75,6 +76,7 @@ class Generate:
     """Take each line as what a user says, and answer it by the checkpoint's chat template."""
     json: bool = False
     """Write JSON: the text, and all n_best hypotheses with their scores; or an error."""
+    bulk: tyro.conf.OmitArgPrefixes[BulkConfig] = BulkConfig()
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
 
 
@@ -179,11 +181,31 @@ def train(argv: list[str]) -> None:
 def generate(argv: list[str]) -> None:
     """`jaxformer generate`."""
     options = _with_run_defaults(Generate, argv)
+    step, dtype = options.step or None, options.dtype or None
+    if options.bulk.output:
+        from jaxformer import bulk
+
+        bulk.generate(
+            options.run,
+            options.bulk,
+            options.decode,
+            step=step,
+            dtype=dtype,
+            chat=options.chat,
+            hypotheses=options.json,
+        )
+        return
+    with _opened(options.bulk.input) as stream:
+        _generate(options, stream)
+
+
+def _generate(options: Generate, stream: Iterable[bytes]) -> None:
+    """Line by line, from a stream to standard output."""
     from jaxformer.loading import load
-    from jaxformer.training.report import printable
+    from jaxformer.training.report import json_line, printable
 
     model = load(options.run, options.step or None, dtype=options.dtype or None)
-    for first, lines in _chunks(sys.stdin.buffer, "standard input"):
+    for first, lines in _chunks(stream, options.bulk.input or "standard input"):
         if options.chat:
             prompts = [model.tokenizer.chat([{"role": "user", "content": s}]) for s in lines]
             results = model.complete(prompts, options.decode, first_row=first)
@@ -196,7 +218,7 @@ def generate(argv: list[str]) -> None:
                 row = (
                     {"error": result.error} if result.error else {"text": best, "hypotheses": found}
                 )
-                print(json.dumps(row, ensure_ascii=False))
+                print(json_line(row))
                 continue
             if result.error:
                 print(f"jaxformer: line {first + i + 1}: {result.error}", file=sys.stderr)

@@ -533,7 +533,7 @@ class DecodeConfig:
     seed: int = 0
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64
-    """Most texts decoded at once."""
+    """Most texts decoded at once, on each device."""
 
     def __post_init__(self) -> None:
         in_range(self, "batch_size", 1)
@@ -615,6 +615,49 @@ class DecodeConfig:
     def width(self) -> int:
         """Hypotheses kept for each text."""
         return max(self.beams, self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkConfig:
+    """A file to read and a folder of results to write, which can be stopped at any moment."""
+
+    input: str = ""
+    """File to read instead of standard input. For output, a .jsonl file has a JSON object a line, a
+    .parquet file (extra parquet) a record a row, and any other a text a line."""
+    output: str = ""
+    """Folder to write the records of input to, in their order, as shards of JSON lines or Parquet;
+    given again, the same command goes on where it stopped."""
+    field: str = "text"
+    """Field of a record that is read; all others are kept."""
+    output_field: str = "output"
+    """Field that the generated text is written to. What is wrong with a record stands in this name
+    and _error, how it was made to fit in this and _note, and with --json all n_best hypotheses in
+    this and _hypotheses."""
+    on_bad_record: Literal["fail", "skip", "emit"] = "fail"
+    """What to do about records that cannot be read: fail before anything is generated, skip them,
+    or emit what is wrong in their place."""
+    on_too_long: Literal["error", "truncate", "chunk"] = "error"
+    """What to do about a text over the model's length: write that as its error, take the first part
+    of it that fits, or generate from each such part and join the results with a space."""
+    shard_rows: int = 4096
+    """Records a shard; what is lost when the job is stopped is at most the work on one shard."""
+    distributed: bool = False
+    """Share the shards with the other processes of a job (jax.distributed.initialize)."""
+
+    def __post_init__(self) -> None:
+        in_range(self, "shard_rows", 1, 10**6)
+        require(bool(self.field and self.output_field), "field and output_field need a name.")
+        require(self.field != self.output_field, f"field and output_field are both {self.field!r}.")
+        require(
+            bool(self.input) or not self.output,
+            f"output {self.output} is for the results of a file; name it in input.",
+        )
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        require(
+            bool(self.output) or given <= {"input"},
+            "field, output_field, on_bad_record, on_too_long, shard_rows and distributed are for "
+            "output, a folder of results; name one.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

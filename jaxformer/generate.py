@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
@@ -94,7 +95,8 @@ def decode_batch(
     """Decode one padded batch of prompts, whose rows draw from the keys of `row_ids`; on the host.
     The parameters are those that `prepare` made.
 
-    What an encoder reads or, without one, what the decoder is to continue.
+    What an encoder reads or, without one, what the decoder is to continue. Where several devices
+    hold a copy of the model each decodes its share of the rows, whose number they must divide.
     """
     lengths = prompt.seg.sum(1)
     taken = np.ones_like(lengths) if config.n_encoder_layers else lengths
@@ -134,8 +136,35 @@ def decode_batch(
         )
     ids = np.zeros(len(lengths), np.int32)
     ids[: len(row_ids)] = row_ids
-    seed = options.seed
-    return sharding.fetch(_decode(config, method, params, prompt, limit, numbers, seed, ids, table))
+    arguments = (params, prompt, limit, numbers, options.seed, ids, table)
+    mesh = sharding.copies(params)
+    if mesh is None:
+        return sharding.fetch(_decode(config, method, *arguments))
+    return sharding.fetch(_decode_over(mesh, config, method, *arguments))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode_over(
+    mesh: Mesh,
+    config: ModelConfig,
+    method: Method,
+    params: Any,
+    prompt: Tokens,
+    limit: Int[Array, " B"],
+    numbers: Numbers,
+    seed: Int[Array, ""],
+    row_ids: Int[Array, " B"],
+    table: Table | None,
+) -> Decoded:
+    """`_decode` with the rows cut over devices that each hold the model, and never talk."""
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        partial(_decode, config, method),
+        mesh=mesh,
+        in_specs=(whole, rows, rows, whole, whole, rows, whole),
+        out_specs=rows,
+        check_vma=False,
+    )(params, prompt, limit, numbers, seed, row_ids, table)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -100,30 +100,36 @@ class Model:
 
         Samples of text i draw from the key of row `first_row` + i, however rows are batched.
         """
-        return self.complete(list(map(self._prompt, texts)), decode, first_row)
+        return self.complete(list(map(self.prompt, texts)), decode, first_row)
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
         decode: DecodeConfig | None = None,
         first_row: int = 0,
+        row_ids: Sequence[int] | None = None,
     ) -> list[Generated]:
         """`hypotheses` for prompts that are ids already: what the encoder reads or, without one,
-        what the decoder is to continue, as `tokenizer.prompt` and `tokenizer.chat` give it."""
+        what the decoder is to continue, as `tokenizer.prompt` and `tokenizer.chat` give it.
+
+        `row_ids` are the rows whose keys they draw from, if those do not follow `first_row`.
+        """
         decode = decode or self.defaults
         if self.config.n_decoder_layers == 0:
             raise ConfigError(
                 "an encoder-only model generates no text; use embed, fill or logits, or a model "
                 "with n_decoder_layers over 0."
             )
-        results = [Generated((), self._too_long(ids)) for ids in prompts]
+        results = [Generated((), self.too_long(ids)) for ids in prompts]
         fits = [i for i, result in enumerate(results) if not result.error]
-        for rows, length in in_buckets([len(prompts[i]) for i in fits], decode.batch_size):
+        keys = range(first_row, first_row + len(prompts)) if row_ids is None else row_ids
+        parts = self.copies
+        for rows, length in in_buckets([len(prompts[i]) for i in fits], decode.batch_size * parts):
             ids = [fits[row] for row in rows]
-            prompt = pad([prompts[i] for i in ids], length, self.tokenizer.pad_id)
-            row_ids = [first_row + i for i in ids]
+            prompt = pad([prompts[i] for i in ids], length, self.tokenizer.pad_id, parts)
+            of_rows = [keys[i] for i in ids]
             decoded = decode_batch(
-                self.config, self._prepared, self.tokenizer, prompt, row_ids, decode
+                self.config, self._prepared, self.tokenizer, prompt, of_rows, decode
             )
             for row, i in enumerate(ids):
                 results[i] = Generated(self._ranked(decoded, row, decode))
@@ -140,7 +146,7 @@ class Model:
             raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
         pairs = []
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            prompt = np.array(self._prompt(source), np.int32)
+            prompt = np.array(self.prompt(source), np.int32)
             ids = encode_target(self.data, self.tokenizer, target)
             longest = max(len(prompt), len(ids))
             if self.config.kind == "decoder-only":
@@ -228,6 +234,29 @@ class Model:
             filled.append(self.tokenizer.decode(np.where(ids == mask, best, ids)))
         return filled
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text: what the encoder reads or, without one, what the decoder is to
+        continue."""
+        if self.config.n_encoder_layers:
+            return encode_source(self.data, self.tokenizer, text).tolist()
+        return self.tokenizer.prompt(text)
+
+    def too_long(self, ids: Sequence[int]) -> str:
+        """What is wrong with the length of a prompt, if anything: one token at least must fit."""
+        most = self.config.max_length - (0 if self.config.n_encoder_layers else 1)
+        if len(ids) <= most:
+            return ""
+        return (
+            f"the text has {len(ids)} tokens, but the model reads at most {most} "
+            f"(max_length {self.config.max_length}); shorten or split it."
+        )
+
+    @property
+    def copies(self) -> int:
+        """Devices that each hold all of the model and decode a share of every batch."""
+        mesh = sharding.copies(self.params)
+        return 1 if mesh is None else mesh.size
+
     def _require_encoder(self, use: str) -> None:
         if self.config.kind != "encoder-only":
             raise ConfigError(f"{use} is for encoder-only models; this one is {self.config.kind}.")
@@ -266,22 +295,6 @@ class Model:
                 whole = self.config.head == "sequence"
                 out[row] = each if whole else each[: len(encoded[row])]
         return out
-
-    def _prompt(self, text: str) -> list[int]:
-        """What the encoder reads; or, without one, what the decoder is to continue."""
-        if self.config.n_encoder_layers:
-            return encode_source(self.data, self.tokenizer, text).tolist()
-        return self.tokenizer.prompt(text)
-
-    def _too_long(self, ids: Sequence[int]) -> str:
-        """What is wrong with the length of a prompt, if anything: one token at least must fit."""
-        most = self.config.max_length - (0 if self.config.n_encoder_layers else 1)
-        if len(ids) <= most:
-            return ""
-        return (
-            f"the text has {len(ids)} tokens, but the model reads at most {most} "
-            f"(max_length {self.config.max_length}); shorten or split it."
-        )
 
     def _ranked(self, decoded: Decoded, row: int, decode: DecodeConfig) -> tuple[Hypothesis, ...]:
         """The `n_best` hypotheses of a row; dead ends last."""

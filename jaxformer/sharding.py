@@ -136,6 +136,16 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def copies(params: Any) -> Mesh | None:
+    """The mesh of which every device holds all of `params`, if there is one of several devices."""
+    first = jax.tree.leaves(params)[0]
+    place = getattr(first, "sharding", None)
+    if not isinstance(place, NamedSharding) or place.mesh.size == 1:
+        return None
+    whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    return place.mesh if whole and isinstance(place.mesh, Mesh) else None
+
+
 def fetch(tree: Any) -> Any:
     """Every leaf as a whole numpy array, on every process."""
 

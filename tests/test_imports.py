@@ -17,13 +17,13 @@ PACKAGE = Path(jaxformer.__file__).parent
 # Each part of the package may import itself, every part on the floors below, and these neighbours.
 FLOORS = (
     {"cli"},
-    {"converting"},
+    {"converting", "bulk"},
     {"training", "loading"},
     {"model"},
     {"generate", "constraining", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
-    {"types", "files"},
+    {"types", "files", "progress"},
     {"errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),

@@ -139,6 +139,16 @@ def printable(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if drives(c) else c for c in text)
 
 
+def json_line(value: Any) -> str:
+    """`value` as one line of JSON that cannot drive a terminal either.
+
+    >>> json_line("a\\x9bé")
+    '"a\\\\u009bé"'
+    """
+    text = json.dumps(value, ensure_ascii=False)  # leaves only what may stand in a string
+    return "".join(json.dumps(c)[1:-1] if drives(c) else c for c in text)
+
+
 def drives(c: str) -> bool:
     """Whether a character controls the terminal, ends the line, or turns the writing direction."""
     return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in BIDI
