@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxformer.batching import pad
 from jaxformer.config import ModelConfig
 from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.decoding.select import top_k
 from jaxformer.nn.transformer import apply
 from jaxformer.types import Batch, Tokens
 
@@ -22,12 +23,23 @@ def logits(config: ModelConfig, params: Any, batch: Batch) -> Float[Array, "B *T
     return apply(config, params, batch)
 
 
-@partial(jax.jit, static_argnums=0)
-def log_probs(config: ModelConfig, params: Any, batch: Batch) -> Float[Array, " B"]:
-    """Summed log-probability of the weighted labels of each row, in nats."""
+class Likelihood(NamedTuple):
+    """How likely each label is, in nats, and which `k` tokens are likeliest in its place."""
+
+    log_prob: Float[Array, "B T"]
+    top: Float[Array, "B T k"]
+    """In falling order."""
+    top_ids: Int[Array, "B T k"]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def likelihood(config: ModelConfig, params: Any, batch: Batch, k: int = 0) -> Likelihood:
+    """The log-probability of each label of a batch, and the `k` largest beside it."""
     found = logits(config, params, batch)
-    picked = jnp.take_along_axis(found, batch.labels[..., None], axis=-1)[..., 0]
-    return ((picked - jax.nn.logsumexp(found, axis=-1)) * batch.weights).sum(1)
+    total = jax.nn.logsumexp(found, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(found, batch.labels[..., None], axis=-1) - total
+    top, ids = top_k(found, min(k, config.vocab_size))
+    return Likelihood(picked[..., 0], top - total, ids)
 
 
 @partial(jax.jit, static_argnums=0)

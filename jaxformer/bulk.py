@@ -172,7 +172,7 @@ def _generate(
         elif mine:
             field[name] = " ".join(r.hypotheses[0].text for r in mine)
             if hypotheses and len(mine) == 1:
-                field[f"{name}_hypotheses"] = [h._asdict() for h in mine[0].hypotheses]
+                field[f"{name}_hypotheses"] = [h.record() for h in mine[0].hypotheses]
     return fields
 
 

@@ -1,10 +1,11 @@
-"""The `jaxformer` command: train, generate, evaluate, embed, convert, tokenizer.
+"""The `jaxformer` command: train, generate, score, evaluate, embed, convert, tokenizer.
 
 Heavy imports wait until a command needs them, so that `--help` answers at once.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ usage: jaxformer COMMAND [OPTIONS]        (jaxformer COMMAND --help lists its op
 
   train      --config FILE.py [--any.field VALUE ...]   train, or resume the run in --run_dir
   generate   --run DIR [--beams 4 --json ...] < TEXT    write one line for each line of TEXT
+  score      --run DIR < PAIRS                          how likely given targets are, as JSON lines
   evaluate   --run DIR [--beams 4 ...]                  score the validation data, as JSON
   embed      --run DIR --output FILE.npy < TEXT         write one vector for each line of TEXT
   convert    SOURCE TARGET [--family NAME]              a downloaded model to a run, or a run back
@@ -78,6 +80,29 @@ class Generate:
     """Write JSON: the text, and all n_best hypotheses with their scores; or an error."""
     bulk: tyro.conf.OmitArgPrefixes[BulkConfig] = BulkConfig()
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Read pairs of a source and a target, and write for each a line of JSON: the log-probability
+    of the target in nats, its end included, its number of tokens, and the perplexity; or an error.
+
+    Pairs are JSON lines with a source (or none, for a decoder-only model) and a target on standard
+    input; or lines of two files.
+    """
+
+    run: str
+    """Run directory, Hugging Face directory or GGUF file."""
+    sources: str = ""
+    """Text file with the source of each line of targets."""
+    targets: str = ""
+    """Text file of targets."""
+    step: int = 0
+    """Checkpoint of a run to use; 0 is the newest."""
+    dtype: SameOr = ""
+    """Type of parameters and arithmetic; without it, what the checkpoint has."""
+    token_log_probs: bool = False
+    """Write the log-probability of each token, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +239,7 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
         for i, result in enumerate(results):
             best = result.hypotheses[0].text if result.hypotheses else ""
             if options.json:
-                found = [h._asdict() for h in result.hypotheses]
+                found = [h.record() for h in result.hypotheses]
                 row = (
                     {"error": result.error} if result.error else {"text": best, "hypotheses": found}
                 )
@@ -224,6 +249,60 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
                 print(f"jaxformer: line {first + i + 1}: {result.error}", file=sys.stderr)
             print(printable(best))
         sys.stdout.flush()
+
+
+def score(argv: list[str]) -> None:
+    """`jaxformer score`."""
+    options = tyro.cli(Score, args=argv, config=PLAIN)
+    if options.sources and not options.targets:
+        raise ConfigError(
+            f"sources {options.sources} need targets; name a file with as many lines."
+        )
+    from jaxformer.loading import load
+    from jaxformer.training.report import json_line
+
+    model = load(options.run, options.step or None, dtype=options.dtype or None)
+    with contextlib.ExitStack() as stack:
+        for sources, targets in _pairs(options, stack):
+            for result in model.score_tokens(sources, targets):
+                row: dict[str, Any] = {"error": f"the pair {result.error}"}
+                if not result.error:
+                    row = {
+                        "log_prob": result.log_prob,
+                        "tokens": len(result.token_log_probs),
+                        "perplexity": result.perplexity,
+                    }
+                    if options.token_log_probs:
+                        row["token_log_probs"] = result.token_log_probs
+                print(json_line(row))
+            sys.stdout.flush()
+
+
+def _pairs(
+    options: Score, stack: contextlib.ExitStack
+) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """Sources and targets, a few thousand at a time."""
+    if not options.targets:
+        from jaxformer.data.records import as_pair
+
+        for first, lines in _chunks(sys.stdin.buffer, "standard input"):
+            pairs = [
+                as_pair(line, f"standard input, line {number}")
+                for number, line in enumerate(lines, first + 1)
+            ]
+            yield [source for source, _ in pairs], [target for _, target in pairs]
+        return
+    files = [
+        _chunks(stack.enter_context(_opened(path)), path)
+        for path in (options.sources or options.targets, options.targets)
+    ]
+    for left, right in itertools.zip_longest(*files, fillvalue=(0, [])):
+        if len(left[1]) != len(right[1]):
+            raise DataError(
+                f"{options.sources} and {options.targets} have not as many lines; line n of one "
+                "must be the source of line n of the other."
+            )
+        yield (left[1] if options.sources else [""] * len(left[1])), right[1]
 
 
 def evaluate(argv: list[str]) -> None:
@@ -292,6 +371,7 @@ def tokenizer(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
+    "score": score,
     "evaluate": evaluate,
     "embed": embed,
     "convert": convert,

@@ -530,6 +530,10 @@ class DecodeConfig:
     json_schema: str = ""
     """JSON Schema of what every text is (on the command line also @FILE): objects have their
     properties in this order and no others."""
+    token_log_probs: bool = False
+    """Tell the log-probability of each token of the hypotheses, by one more pass over them."""
+    alternatives: int = 0
+    """Tell that, and so many of the likeliest tokens in the place of each."""
     seed: int = 0
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64
@@ -539,7 +543,7 @@ class DecodeConfig:
         in_range(self, "batch_size", 1)
         for name in ("beams", "groups", "n_best"):
             in_range(self, name, 1, MOST_HYPOTHESES)
-        for name in ("samples", "contrastive"):
+        for name in ("samples", "contrastive", "alternatives"):
             in_range(self, name, 0, MOST_HYPOTHESES)
         in_range(self, "lookup", 0, MOST_GUESSES)
         in_range(self, "diversity", 0, 1e6)

@@ -1,5 +1,6 @@
 """Text in, text out: a model with its parameters and tokenizer, for every use it has."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,14 @@ from jaxformer.generate import decode_batch, prepare
 from jaxformer.types import Batch, Tokens
 
 
+class Alternative(NamedTuple):
+    """A token that might have stood in a place, and its log-probability under the model there."""
+
+    id: int
+    text: str
+    log_prob: float
+
+
 class Hypothesis(NamedTuple):
     """One generated text. `score` ranks it: length-normalised under beam search, the mean chrF
     against all samples under `mbr`, else `log_prob`, the log-probability of its `ids` under the
@@ -33,6 +42,33 @@ class Hypothesis(NamedTuple):
     ids: tuple[int, ...]
     finish: str
     """Why it ended: eos, limit, or dead_end."""
+    token_log_probs: tuple[float, ...] = ()
+    """Of each of `ids`, under the model, if `DecodeConfig.token_log_probs` asks for them."""
+    alternatives: tuple[tuple[Alternative, ...], ...] = ()
+    """The likeliest in the place of each of `ids`, if `DecodeConfig.alternatives` asks for them."""
+
+    def record(self) -> dict[str, Any]:
+        """Its fields as they are written in JSON, without those that were not asked for."""
+        tops = [[each._asdict() for each in place] for place in self.alternatives]
+        fields = self._asdict() | {"alternatives": tops}
+        asked = {"token_log_probs": self.token_log_probs, "alternatives": tops}
+        return {name: value for name, value in fields.items() if asked.get(name, True)}
+
+
+class Scored(NamedTuple):
+    """The log-probability of each token of a given target, its end included, in nats; or none, and
+    what was wrong with the pair."""
+
+    token_log_probs: tuple[float, ...]
+    error: str = ""
+
+    @property
+    def log_prob(self) -> float:
+        return math.fsum(self.token_log_probs)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(-self.log_prob / max(len(self.token_log_probs), 1), 700))
 
 
 class Generated(NamedTuple):
@@ -133,6 +169,8 @@ class Model:
             )
             for row, i in enumerate(ids):
                 results[i] = Generated(self._ranked(decoded, row, decode))
+        if decode.token_log_probs or decode.alternatives:
+            return self._with_log_probs(prompts, results, decode.alternatives)
         return results
 
     def score(self, sources: Sequence[str], targets: Sequence[str]) -> list[float]:
@@ -140,31 +178,37 @@ class Model:
 
         A decoder-only model continues the source with the target; an empty source is none.
         """
+        scored = self.score_tokens(sources, targets)
+        for i, result in enumerate(scored):
+            if result.error:
+                raise ConfigError(f"pair {i} {result.error}")
+        return [result.log_prob for result in scored]
+
+    def score_tokens(self, sources: Sequence[str], targets: Sequence[str]) -> list[Scored]:
+        """`score`, token by token; a pair that is too long for the model fails alone."""
         if self.config.n_decoder_layers == 0:
             raise ConfigError("an encoder-only model scores no targets; use logits.")
         if len(sources) != len(targets):
             raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
-        pairs = []
+        scored, pairs = [Scored(())] * len(sources), {}
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
             prompt = np.array(self.prompt(source), np.int32)
             ids = encode_target(self.data, self.tokenizer, target)
             longest = max(len(prompt), len(ids))
             if self.config.kind == "decoder-only":
                 longest = len(prompt) + len(ids) - 1
-            if longest > self.config.max_length:
-                raise ConfigError(
-                    f"pair {i} has {longest} tokens, over the model's max_length "
-                    f"{self.config.max_length}; shorten or split it."
-                )
-            pairs.append((prompt, ids))
-        totals = np.zeros(len(pairs))
-        lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
-        for rows, length in in_buckets(lengths, self.defaults.batch_size):
-            chosen = [pairs[row] for row in rows]
-            batch = arrays.scoring_batch(self.config, self.tokenizer, chosen, length)
-            found = sharding.fetch(arrays.log_probs(self.config, self.params, batch))
-            totals[rows] = found[: len(rows)]
-        return totals.tolist()
+            if longest <= self.config.max_length:
+                pairs[i] = prompt, ids
+                continue
+            scored[i] = Scored(
+                (),
+                f"has {longest} tokens, over the model's max_length {self.config.max_length}; "
+                "shorten or split it.",
+            )
+        found = self._likelihoods(list(pairs.values()), 0)
+        for i, each in zip(pairs, found, strict=True):
+            scored[i] = Scored(tuple(each.log_prob.tolist()))
+        return scored
 
     def logits(self, batch: Batch) -> Float[Array, "B *T V"]:
         """What the head makes of a batch, in float32."""
@@ -305,6 +349,53 @@ class Model:
             found = [h._replace(score=mean) for h, mean in zip(found, means, strict=True)]
             found.sort(key=lambda h: (h.finish == "dead_end", -h.score))
         return tuple(found[: decode.n_best])
+
+    def _likelihoods(
+        self, pairs: Sequence[tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]], k: int
+    ) -> list[arrays.Likelihood]:
+        """How likely each token of the targets is after its prompt, and the `k` likeliest there."""
+        out: list[Any] = [None] * len(pairs)
+        lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
+        for rows, length in in_buckets(lengths, self.defaults.batch_size):
+            chosen = [pairs[row] for row in rows]
+            batch = arrays.scoring_batch(self.config, self.tokenizer, chosen, length)
+            found = sharding.fetch(arrays.likelihood(self.config, self.params, batch, k))
+            for at, row in enumerate(rows):
+                scored = batch.weights[at] > 0
+                out[row] = arrays.Likelihood(*(part[at][scored] for part in found))
+        return out
+
+    def _with_log_probs(
+        self, prompts: Sequence[Sequence[int]], results: Sequence[Generated], k: int
+    ) -> list[Generated]:
+        """`results` with how likely each token is, by one more pass over them all."""
+        pairs = [
+            (np.array(prompt, np.int32), np.array(h.ids, np.int32))
+            for prompt, result in zip(prompts, results, strict=True)
+            for h in result.hypotheses
+            if h.ids
+        ]
+        found = iter(self._likelihoods(pairs, k))
+
+        def explained(h: Hypothesis) -> Hypothesis:
+            if not h.ids:
+                return h
+            each = next(found)
+            tops = tuple(
+                tuple(
+                    Alternative(i, self.tokenizer.decode([i]), log_prob)
+                    for i, log_prob in zip(ids, log_probs, strict=True)
+                )
+                for ids, log_probs in zip(each.top_ids.tolist(), each.top.tolist(), strict=True)
+            )
+            return h._replace(
+                token_log_probs=tuple(each.log_prob.tolist()), alternatives=tops if k else ()
+            )
+
+        return [
+            result._replace(hypotheses=tuple(map(explained, result.hypotheses)))
+            for result in results
+        ]
 
     def _hypothesis(self, decoded: Decoded, row: int, n: int) -> Hypothesis:
         ids = decoded.tokens[row, n, : decoded.length[row, n]].tolist()

@@ -118,7 +118,7 @@ def test_json_has_the_best_and_their_scores(command: Any):
     for row, result in zip(rows, wanted, strict=True):
         assert row["text"] == row["hypotheses"][0]["text"] == result.hypotheses[0].text
         for found, hypothesis in zip(row["hypotheses"], result.hypotheses, strict=True):
-            assert found == json.loads(json.dumps(hypothesis._asdict()))
+            assert found == json.loads(json.dumps(hypothesis.record()))
 
 
 def test_a_line_too_long_fails_alone(command: Any):
@@ -152,6 +152,58 @@ def test_what_is_not_utf_8_is_named_by_line(command: Any):
     code, _, errors = command("generate", *RUN, given=b"ab\ncd\nx\xff\n")
     assert code == 3
     assert "line 3" in errors and "not UTF-8" in errors and "byte 1" in errors
+
+
+def test_scores_are_those_of_decoding(command: Any, tmp_path: Path):
+    decode = DecodeConfig(samples=4, n_best=4, max_length=8)
+    results = jaxformer.load("reversing").hypotheses([t.decode() for t in TEXTS], decode)
+    pairs = [
+        (text.decode(), h)
+        for text, result in zip(TEXTS, results, strict=True)
+        for h in result.hypotheses
+        if h.finish == "eos"
+    ]
+    assert len(pairs) > 3
+    given = "".join(json.dumps({"source": s, "target": h.text, "id": 1}) + "\n" for s, h in pairs)
+    code, out, errors = command("score", *RUN, "--token_log_probs", given=given.encode())
+    assert (code, errors) == (0, "")
+    for (_, h), line in zip(pairs, out.splitlines(), strict=True):
+        row = json.loads(line)
+        assert row["log_prob"] == pytest.approx(h.log_prob, abs=1e-4)
+        assert row["tokens"] == len(h.ids) == len(row["token_log_probs"])
+        assert sum(row["token_log_probs"]) == pytest.approx(row["log_prob"], abs=1e-9)
+        assert row["perplexity"] == pytest.approx(math.exp(-h.log_prob / len(h.ids)), rel=1e-4)
+    for name, texts in (("s", [s for s, _ in pairs]), ("t", [h.text for _, h in pairs])):
+        (tmp_path / name).write_text("".join(text + "\n" for text in texts))
+    files = ("--sources", str(tmp_path / "s"), "--targets", str(tmp_path / "t"))
+    _, same, _ = command("score", *RUN, "--token_log_probs", *files)
+    assert same == out
+    (tmp_path / "t").write_text("a\n")
+    code, _, errors = command("score", *RUN, *files)
+    assert code == 3 and "have not as many lines" in errors
+    for given, says in (
+        (b"{", "not JSON"),
+        (b"[]", "no pair"),
+        (b'{"target": 1}', "'target' is 1"),
+    ):
+        code, out, errors = command("score", *RUN, given=b'{"target": "a"}\n' + given)
+        assert (code, out) == (3, "") and f"standard input, line 2: {says}" in errors.replace(
+            "field ", ""
+        )
+    long = json.dumps({"source": "a", "target": "a" * 20}).encode()
+    code, out, _ = command("score", *RUN, given=long + b'\n{"source": "a", "target": "b"}')
+    one, other = map(json.loads, out.splitlines())
+    assert (
+        code == 0 and one["error"].startswith("the pair has 21 tokens, over") and "tokens" in other
+    )
+
+
+def test_no_json_drives_a_terminal(command: Any, monkeypatch: pytest.MonkeyPatch):
+    text = "\x9b31m\u202e\x7f\u2028é"
+    monkeypatch.setattr(type(jaxformer.load("reversing").tokenizer), "decode", lambda *_: text)
+    code, out, _ = command("generate", *RUN, "--json", given=b"abc")
+    assert code == 0 and json.loads(out)["text"] == text
+    assert not set(text[:-1]) & set(out) - set("31m") and "é" in out
 
 
 def test_evaluate_agrees_with_training(command: Any):

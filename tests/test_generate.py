@@ -128,6 +128,39 @@ def test_the_score_of_decoding_is_that_of_scoring(lively: Model, way: DecodeConf
 
 
 @ways
+def test_each_token_is_told_with_what_might_have_stood_there(lively: Model, way: DecodeConfig):
+    plain = lively.hypotheses(TEXTS, way)
+    before = compiled()
+    asked = lively.hypotheses(TEXTS, dataclasses.replace(way, alternatives=3))
+    only = lively.hypotheses(TEXTS, dataclasses.replace(way, token_log_probs=True))
+    assert compiled() == before  # the loop is as it was
+    chosen = 0
+    for one, other, bare in zip(plain, asked, only, strict=True):
+        for p, h, b in zip(one.hypotheses, other.hypotheses, bare.hypotheses, strict=True):
+            assert h._replace(token_log_probs=(), alternatives=()) == p
+            assert b == h._replace(alternatives=(), token_log_probs=b.token_log_probs)
+            assert b.token_log_probs == pytest.approx(h.token_log_probs, abs=1e-5)
+            assert len(h.token_log_probs) == len(h.alternatives) == len(h.ids)
+            assert sum(h.token_log_probs) == pytest.approx(h.log_prob, abs=1e-4)
+            assert not {"token_log_probs", "alternatives"} & p.record().keys()
+            assert h.record()["alternatives"][0][0]["id"] == h.alternatives[0][0].id
+            for i, log_prob, tops in zip(h.ids, h.token_log_probs, h.alternatives, strict=True):
+                found = [top.log_prob for top in tops]
+                assert len(tops) == 3 and found == sorted(found, reverse=True)
+                assert log_prob <= found[0] + 1e-5
+                assert all(top.text == LETTERS.decode([top.id]) for top in tops)
+                if i in [top.id for top in tops]:
+                    at = [top.id for top in tops].index(i)
+                    assert log_prob == pytest.approx(found[at], abs=1e-5)
+                    chosen += 1
+                elif log_prob < found[-1]:
+                    chosen += 1
+                if way == GREEDY:
+                    assert tops[0].id == i
+    assert chosen == sum(len(h.ids) for result in plain for h in result.hypotheses)
+
+
+@ways
 def test_neither_batch_nor_order_matters(way: DecodeConfig):
     lively = model("decoder-only")
     together = lively.hypotheses(TEXTS, way)

@@ -126,5 +126,5 @@ def test_help_answers_at_once():
     begin = time.monotonic()
     out = python("import sys; from jaxformer.cli import main; sys.exit(main(['--help']))")
     assert time.monotonic() - begin < 2
-    for command in ("train", "generate", "evaluate", "embed", "convert", "tokenizer"):
+    for command in ("train", "generate", "score", "evaluate", "embed", "convert", "tokenizer"):
         assert f"\n  {command} " in out

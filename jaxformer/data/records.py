@@ -125,6 +125,18 @@ def write(
         file.write(line.encode("utf-8", "backslashreplace"))
 
 
+def as_pair(line: str, where: str) -> tuple[str, str]:
+    """The source and target of a JSON object with such fields; without a source, it is empty."""
+    try:
+        pair = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not JSON ({e}); mend or remove the line.") from None
+    if not isinstance(pair, dict) or "target" not in pair:
+        raise DataError(f'{where}: no pair; write {{"source": "...", "target": "..."}}.')
+    source = as_text(pair.get("source", ""), f"{where}: field 'source'")
+    return source, as_text(pair["target"], f"{where}: field 'target'")
+
+
 def of_object(layout: Layout, row: int, where: str, value: Any, kept: Any) -> Record:
     """The record whose fields are `value`."""
     if not isinstance(value, dict):
