@@ -1,15 +1,13 @@
 """Batch inference: a file of records in, a folder of shards out, whatever happens in between.
 
-A shard is computed from its own rows alone, and is there whole or not at all, so that a job which
-was killed goes on where it was. The manifest is written before the first shard and never changes:
-it says what the shards are made of, and whoever would go on with something else is refused.
+A shard is computed from its own rows alone, so that a job which was killed goes on where it was,
+and no one can tell. Several processes share the shards, and need not talk.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,19 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxformer import sharding
+from jaxformer import sharding, shards
 from jaxformer.batching import in_buckets
 from jaxformer.config import BulkConfig, DecodeConfig, DType, MeshConfig, to_json
 from jaxformer.data import records
-from jaxformer.data.records import Layout, Record
-from jaxformer.errors import CheckpointError
-from jaxformer.files import MAX_JSON, read_capped, replacing, writing
+from jaxformer.data.records import Layout, Record, Survey
+from jaxformer.files import replacing, writing
 from jaxformer.loading import load
 from jaxformer.model import Generated, Model
 from jaxformer.progress import Progress
 from jaxformer.training.checkpoint import lock
-
-MANIFEST = "manifest.json"
 
 
 class Piece(NamedTuple):
@@ -64,36 +59,15 @@ def generate(
             output.mkdir(parents=True, exist_ok=True)
         if index == 0:
             stack.enter_context(lock(output))
-        source = Path(bulk.input)
-        added = [name, *([f"{name}_hypotheses"] if hypotheses else []), f"{name}_error"]
-        layout = Layout(
-            source,
-            records.kind_of(source),
-            bulk.field,
-            (*added, f"{name}_note"),
-            bulk.shard_rows,
-        )
+        layout = _layout(bulk, hypotheses)
         found = records.survey(layout, strict=bulk.on_bad_record == "fail")
-        settings = {
-            **dataclasses.asdict(bulk),
-            **{f"decode.{key}": value for key, value in dataclasses.asdict(decode).items()},
-            "kind": layout.kind,
-            "chat": chat,
-            "hypotheses": hypotheses,
-        }
-        for where in ("input", "output", "distributed"):
-            del settings[where]
-        plan = {
-            "input": {"sha256": found.sha256, "bytes": found.size, "rows": found.rows},
-            "settings": json.loads(json.dumps(settings)),
-            "shards": _shards(layout, found.rows),
-        }
-        check_same(output, plan)
+        plan = _plan(layout, found, bulk, decode, chat, hypotheses)
+        shards.check_same(output, plan)
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
         model = load(run, step, dtype=dtype, mesh=mesh)
         plan = {"checkpoint": fingerprint(model), **plan}
-        check_same(output, plan)
-        claim(output, plan, index)
+        shards.check_same(output, plan)
+        shards.claim(output, plan, index)
 
         paths = [output / shard["file"] for shard in plan["shards"]]
         own = range(index, len(paths), processes)
@@ -123,6 +97,38 @@ def generate(
         progress.say(
             f"{bulk.output!r}: {progress.note()}; {wrong:,} with an error, {skipped:,} left out"
         )
+
+
+def _layout(bulk: BulkConfig, hypotheses: bool) -> Layout:
+    source, name = Path(bulk.input), bulk.output_field
+    added = [name, *([f"{name}_hypotheses"] if hypotheses else []), f"{name}_error", f"{name}_note"]
+    return Layout(source, records.kind_of(source), bulk.field, tuple(added), bulk.shard_rows)
+
+
+def _plan(
+    layout: Layout,
+    found: Survey,
+    bulk: BulkConfig,
+    decode: DecodeConfig,
+    chat: bool,
+    hypotheses: bool,
+) -> dict[str, Any]:
+    """What the shards are made of, and which rows each is of."""
+    settings = {
+        **dataclasses.asdict(bulk),
+        **{f"decode.{key}": value for key, value in dataclasses.asdict(decode).items()},
+        "kind": layout.kind,
+        "chat": chat,
+        "hypotheses": hypotheses,
+    }
+    for where in ("input", "output", "distributed"):  # these may change
+        del settings[where]
+    suffix = ".parquet" if layout.kind == "parquet" else ".jsonl"
+    return {
+        "input": {"sha256": found.sha256, "bytes": found.size, "rows": found.rows},
+        "settings": json.loads(json.dumps(settings)),
+        "shards": shards.ranges(found.rows, bulk.shard_rows, suffix),
+    }
 
 
 def _generate(
@@ -235,68 +241,3 @@ def fingerprint(model: Model) -> dict[str, str]:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(sharding.fetch(leaf).tobytes())
     return {"sha256": digest.hexdigest(), "of": "config, parameters, tokenizer, data options"}
-
-
-def check_same(output: Path, plan: dict[str, Any]) -> None:
-    """Raise a `CheckpointError` naming all in which the job in a folder, if any, is another."""
-    names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
-    path = output / MANIFEST
-    if not path.exists():
-        others = sorted(set(names) - {"lock"})
-        if others and not path.exists():  # another process may have begun meanwhile
-            raise CheckpointError(
-                f"{output} has no {MANIFEST}, but holds {others[0]!r}: it is no job of this "
-                "command. Choose another output."
-            )
-        return
-    try:
-        old = _flat(json.loads(read_capped(path, MAX_JSON)))
-    except (ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged; choose another output.") from None
-    new = _flat(plan)
-    differing = [
-        f"  {key}: {old.get(key)!r} there, {new[key]!r} now"
-        for key in new
-        if old.get(key) != new[key] and not key.startswith("shards")
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{output} holds the results of another job:\n" + "\n".join(differing) + "\n"
-            "Choose another output to start anew, or give the same to go on with it."
-        )
-
-
-def claim(output: Path, plan: dict[str, Any], index: int) -> None:
-    """Write the manifest, unless it is there; the first of several processes has its way."""
-    mine = output / f".{MANIFEST}.{index}"
-    with writing(output):
-        with replacing(mine) as file:
-            file.write((json.dumps(plan, indent=1) + "\n").encode())
-        with contextlib.suppress(FileExistsError):
-            os.link(mine, output / MANIFEST)
-        mine.unlink()
-    check_same(output, plan)
-
-
-def _shards(layout: Layout, rows: int) -> list[dict[str, Any]]:
-    """The file of each shard and the rows it is of."""
-    suffix = ".parquet" if layout.kind == "parquet" else ".jsonl"
-    starts = range(0, rows, layout.shard_rows)
-    return [
-        {
-            "file": f"part-{n:05}-of-{len(starts):05}{suffix}",
-            "first_row": start,
-            "rows": min(layout.shard_rows, rows - start),
-        }
-        for n, start in enumerate(starts)
-    ]
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    """The values of a plan by dotted name."""
-    return {
-        f"{part}.{key}": value
-        for part, values in plan.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }

@@ -24,7 +24,7 @@ from jaxformer.cli import main
 from jaxformer.config import BulkConfig, DecodeConfig, MeshConfig
 from jaxformer.data import records
 from jaxformer.errors import CheckpointError, ConfigError, DataError
-from jaxformer.model import Model
+from jaxformer.model import Hypothesis, Model
 
 pytestmark = pytest.mark.usefixtures("_compiled")
 DECODE = DecodeConfig(samples=2, n_best=2, max_length=8, batch_size=2, seed=3)
@@ -122,13 +122,9 @@ def test_any_lengths_in_any_shards_keep_their_order(
             return [
                 bulk.Generated((), "long")
                 if len(ids) > 10
-                else bulk.Generated((Saying("".join(ids)),))
+                else bulk.Generated((Hypothesis("".join(ids), 0.0, 0.0, (1,), "eos"),))
                 for ids in prompts
             ]
-
-    class Saying:
-        def __init__(self, text: str) -> None:
-            self.text, self.ids = text, text
 
     done: list[tuple[int, int]] = []
     options = BulkConfig(input="x", output="y", on_too_long=how, shard_rows=shard_rows)
@@ -204,6 +200,7 @@ def test_another_job_is_refused(words: Path, tmp_path: Path):
     output = tmp_path / "out"
     run(words, output)
     before = contents(output)
+    options: dict[str, Any]
     for options, says in (
         ({"decode": dataclasses.replace(DECODE, seed=4)}, "settings.decode.seed: 3 there, 4 now"),
         ({"shard_rows": 4}, "settings.shard_rows: 3 there, 4 now"),

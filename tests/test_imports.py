@@ -23,7 +23,8 @@ FLOORS = (
     {"generate", "constraining", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
-    {"types", "files", "progress"},
+    {"shards", "progress"},
+    {"types", "files"},
     {"errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),
