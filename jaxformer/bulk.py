@@ -63,7 +63,8 @@ def generate(
         found = records.survey(layout, strict=bulk.on_bad_record == "fail")
         plan = _plan(layout, found, bulk, decode, chat, hypotheses)
         shards.check_same(output, plan)
-        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+        devices = jax.local_devices()
+        mesh = sharding.make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
         model = load(run, step, dtype=dtype, mesh=mesh)
         plan = {"checkpoint": fingerprint(model), **plan}
         shards.check_same(output, plan)
