@@ -24,6 +24,7 @@ from jaxformer.cli import main
 from jaxformer.config import BulkConfig, DecodeConfig, MeshConfig
 from jaxformer.data import records
 from jaxformer.errors import CheckpointError, ConfigError, DataError
+from jaxformer.generate import _decode_over
 from jaxformer.model import Hypothesis, Model
 
 pytestmark = pytest.mark.usefixtures("_compiled")
@@ -360,11 +361,14 @@ def test_devices_share_the_rows(model: Model):
     mesh = sharding.make_mesh(MeshConfig(), sharding.jax.devices()[:2])
     spread = jaxformer.load(tiny.reversing_run(), mesh=mesh)
     assert (model.copies, spread.copies) == (1, 2)
+    function: Any = _decode_over
+    function.clear_cache()
     for one, other in zip(
         model.hypotheses(WORDS, DECODE), spread.hypotheses(WORDS, DECODE), strict=True
     ):
         assert [h.ids for h in one.hypotheses] == [h.ids for h in other.hypotheses]
         assert other.hypotheses[0].score == pytest.approx(one.hypotheses[0].score, abs=1e-4)
+    assert function._cache_size() > 0
     assert sharding.copies(dict(a=np.zeros(3))) is None
 
 
