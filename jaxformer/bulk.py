@@ -127,9 +127,17 @@ def _plan(
     suffix = ".parquet" if layout.kind == "parquet" else ".jsonl"
     return {
         "input": {"sha256": found.sha256, "bytes": found.size, "rows": found.rows},
-        "settings": json.loads(json.dumps(settings)),
+        "settings": {key: _short(value) for key, value in settings.items()},
         "shards": shards.ranges(found.rows, bulk.shard_rows, suffix),
     }
+
+
+def _short(value: Any) -> Any:
+    """A setting as JSON has it; of one as long as a list of allowed texts, only its digest."""
+    text = json.dumps(value)
+    if len(text) <= 500:
+        return json.loads(text)
+    return f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _generate(

@@ -230,6 +230,17 @@ def test_another_job_is_refused(words: Path, tmp_path: Path):
         run(words, output)
 
 
+def test_a_long_list_of_allowed_texts_is_kept_as_its_digest(words: Path, tmp_path: Path):
+    letters = [f"{a}{b}{c}" for a in "abcde" for b in "abcde" for c in "abcde"]
+    decode = DecodeConfig(max_length=8, batch_size=2, allowed=tuple(letters))
+    run(words, tmp_path / "out", decode)
+    assert {row["output"] for row in rows(tmp_path / "out")} <= set(letters)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"]["decode.allowed"].startswith("SHA-256 ")
+    with pytest.raises(CheckpointError, match="settings.decode.allowed: 'SHA-256 .* now"):
+        run(words, tmp_path / "out", dataclasses.replace(decode, allowed=(*letters, "e")))
+
+
 def test_the_fingerprint_is_of_every_parameter(model: Model):
     whole = bulk.fingerprint(model)
     leaves, tree = sharding.jax.tree.flatten(model.params)

@@ -250,7 +250,7 @@ def test_contrastive_search_is_that_of_the_paper(kind: str):
     greedy = lively.hypotheses(TEXTS[1:5], DecodeConfig(max_length=length))
     found = lively.hypotheses(TEXTS[1:5], way)
     for text, result, other in zip(TEXTS[1:5], found, greedy, strict=True):
-        prompt, ids = lively._prompt(text), []
+        prompt, ids = lively.prompt(text), []
         while len(ids) < length and LETTERS.eos_id not in ids:
             _, probability = states(prompt, ids)
             values = {}
