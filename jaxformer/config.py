@@ -26,6 +26,9 @@ MOST_HYPOTHESES = 2**16
 """Of one text at once."""
 MOST_GUESSES = 1024
 """Of one step: more are never right."""
+LONGEST_NGRAM = 64
+MOST_WORDS = 2**12
+"""Of bad words, and of tokens with a bias."""
 WIDEST = 2**20
 """Size of a model's or head's width, of which tables of frequencies are made before that, too."""
 
@@ -489,6 +492,26 @@ class DecodeConfig:
     """Sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020)."""
     min_p: float = 0.0
     """Sample among tokens at least this fraction as likely as the best (Nguyen et al. 2024)."""
+    typical_p: float = 1.0
+    """Sample among the tokens whose information is nearest its mean until their probabilities reach
+    p (Meister et al. 2022)."""
+    epsilon: float = 0.0
+    """Sample among tokens of at least this probability (Hewitt et al. 2022)."""
+    eta: float = 0.0
+    """The same, less strict where many tokens are likely: sqrt(eta) * exp(-entropy), if less."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that are there already and multiplies negative ones; in
+    beam search, log-probabilities (Keskar et al. 2019). A decoder-only model's prompt counts."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that was generated before."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time it was generated before."""
+    no_repeat_ngram: int = 0
+    """No n-gram is written twice, those of a decoder-only model's prompt included (Paulus et al.
+    2018). 0 is off."""
+    encoder_no_repeat_ngram: int = 0
+    """No n-gram of what the encoder reads is written (of a decoder-only model's prompt). 0 is off.
+    """
     mbr: bool = False
     """Rank samples by their mean chrF against all of them: minimum Bayes risk (Eikema and Aziz
     2020). Their score is that mean."""
@@ -505,10 +528,18 @@ class DecodeConfig:
     """Exponent alpha of the length normalisation of beams; 0 is none."""
     length_norm: Literal["wu", "plain"] = "wu"
     """((5 + length) / 6) ** alpha (Wu et al. 2016), or length ** alpha."""
+    early_stopping: Literal["exact", "heuristic", "full"] = "exact"
+    """When beam search ends: when no hypothesis can still become one of the best, or none would if
+    it ended now, or once there are as many as beams (transformers' "never", False and True)."""
     max_length: int = 0
     """Most tokens to generate; 0 takes what the model's max_length leaves."""
     min_length: int = 0
     """Fewest tokens before the end."""
+    length_decay: float = 1.0
+    """The size of the end's logit is raised by (this ** n - 1) times itself, n tokens after
+    length_decay_start; over 1 it hurries the end."""
+    length_decay_start: int = 0
+    """Tokens before length_decay begins."""
     suppress: tuple[int, ...] = ()
     """Ids that are never generated."""
     suppress_first: tuple[int, ...] = ()
@@ -517,6 +548,12 @@ class DecodeConfig:
     """Id that every text begins with (BART's start, mBART's language); -1 is none."""
     forced_last: int = -1
     """Id that ends a text which reached its greatest length; -1 is none."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not generated in the tokens they have alone and after a space."""
+    bad_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that are never generated (on the command line, one)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Ids, and what is added to the logit of each."""
     include: tuple[str, ...] = ()
     """Phrases that every text has in it, within a word too; "colour|color" is either of two, and
     \\| is a bar (Post and Vilar 2018)."""
@@ -548,15 +585,31 @@ class DecodeConfig:
         in_range(self, "lookup", 0, MOST_GUESSES)
         in_range(self, "diversity", 0, 1e6)
         in_range(self, "penalty_alpha", 0, 1)
-        for name in ("top_k", "max_length", "min_length", "seed"):
+        for name in ("top_k", "max_length", "min_length", "length_decay_start", "seed"):
             in_range(self, name, 0, 2**31 - 1)
         in_range(self, "temperature", 0, 1e6)
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be over 0 and at most 1.")
         in_range(self, "min_p", 0, 1)
+        require(
+            0 < self.typical_p <= 1,
+            f"typical_p is {self.typical_p}; it must be over 0 and at most 1.",
+        )
+        for name in ("epsilon", "eta"):
+            require(
+                0 <= getattr(self, name) < 1,
+                f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1.",
+            )
+        for name in ("repetition_penalty", "length_decay"):
+            in_range(self, name, 1e-3, 1e3)
+        for name in ("presence_penalty", "frequency_penalty"):
+            in_range(self, name, -1e3, 1e3)
+        for name in ("no_repeat_ngram", "encoder_no_repeat_ngram"):
+            in_range(self, name, 0, LONGEST_NGRAM)
         for name in ("suppress", "suppress_first"):
             in_range(self, name, 0, LARGEST)
         for name in ("forced_first", "forced_last"):
             in_range(self, name, -1, LARGEST)
+        self._check_words()
         in_range(self, "length_penalty", -100, 100)
         require(
             all(all(p.replace(r"\|", "_").split("|")) for p in self.include),
@@ -605,15 +658,30 @@ class DecodeConfig:
             "raise beams or samples.",
         )
 
+    def _check_words(self) -> None:
+        for name in ("bad_words", "bad_ids", "logit_bias"):
+            size = len(getattr(self, name))
+            require(size <= MOST_WORDS, f"{name} has {size} entries; at most {MOST_WORDS} may be.")
+        require(all(self.bad_words), "bad_words has an empty text; leave it out.")
+        for ids in self.bad_ids:
+            require(
+                0 < len(ids) <= LONGEST_NGRAM and all(0 <= i <= LARGEST for i in ids),
+                f"bad_ids has {ids!r}; each is 1 to {LONGEST_NGRAM} ids.",
+            )
+        for pair in self.logit_bias:
+            require(
+                len(pair) == 2 and 0 <= pair[0] <= LARGEST and abs(pair[1]) <= 1e6,
+                f"logit_bias has {pair!r}; it must be an id and a number between -1e6 and 1e6.",
+            )
+        biased = [i for i, _ in self.logit_bias]
+        require(len(set(biased)) == len(biased), "logit_bias has an id twice; give each once.")
+
     @property
     def sampling(self) -> bool:
         """Whether tokens are drawn at random: any option of sampling asks for it."""
-        return self.samples > 0 or (self.temperature, self.top_k, self.top_p, self.min_p) != (
-            1.0,
-            0,
-            1.0,
-            0.0,
-        )
+        off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon=0.0,
+                   eta=0.0)  # fmt: skip
+        return self.samples > 0 or any(getattr(self, name) != off[name] for name in off)
 
     @property
     def width(self) -> int:
@@ -759,7 +827,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}.")
-        return tuple(_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if args[-1] is not Ellipsis:
+            require(len(value) == len(args), f"{where} must have {len(args)} parts, not {value!r}.")
+        kinds = args if args[-1] is not Ellipsis else args[:1] * len(value)
+        return tuple(
+            _build(kind, v, f"{where}[{i}]")
+            for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is Literal:
         require(
             value in args, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}."

@@ -171,14 +171,20 @@ def _generation(model: Model) -> dict[str, Any]:
 def their_generation(options: DecodeConfig) -> dict[str, Any]:
     """What they call our options of decoding; `folder.decode_config` is the way back.
 
-    Of seeds, batches, several results and Wu's length normalisation they know nothing.
+    Of seeds, batches, several results, Wu's length normalisation, bad words as texts, and penalties
+    of presence and frequency they know nothing.
     """
     theirs: dict[str, Any] = {"num_beams": options.beams, "do_sample": options.sampling}
     if options.sampling:
         names = ("temperature", "top_k", "top_p", "min_p")
         theirs |= {name: getattr(options, name) for name in names}
+        renamed = {"typical_p": "typical_p", "epsilon": "epsilon_cutoff", "eta": "eta_cutoff"}
+        theirs |= _changed(options, renamed)
     if options.beams > 1:
         theirs["length_penalty"] = options.length_penalty
+        theirs["early_stopping"] = {v: k for k, v in folder.STOPPING.items()}[
+            options.early_stopping
+        ]
     if options.max_length:
         theirs["max_new_tokens"] = options.max_length
     if options.min_length:
@@ -191,7 +197,28 @@ def their_generation(options: DecodeConfig) -> dict[str, Any]:
         theirs["forced_bos_token_id"] = options.forced_first
     if options.forced_last >= 0:
         theirs["forced_eos_token_id"] = options.forced_last
-    return theirs
+    if options.bad_ids:
+        theirs["bad_words_ids"] = [list(ids) for ids in options.bad_ids]
+    if options.logit_bias:
+        theirs["sequence_bias"] = [[[i], bias] for i, bias in options.logit_bias]
+    if options.length_decay != 1:
+        decay = [options.length_decay_start, options.length_decay]
+        theirs["exponential_decay_length_penalty"] = decay
+    renamed = {
+        "repetition_penalty": "repetition_penalty",
+        "no_repeat_ngram": "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram": "encoder_no_repeat_ngram_size",
+    }
+    return theirs | _changed(options, renamed)
+
+
+def _changed(options: DecodeConfig, theirs: dict[str, str]) -> dict[str, Any]:
+    """Our options that are not as they usually are, by their names."""
+    return {
+        name: getattr(options, ours)
+        for ours, name in theirs.items()
+        if getattr(options, ours) != getattr(DecodeConfig, ours)
+    }
 
 
 def _sentence_files(config: ModelConfig) -> dict[str, bytes]:

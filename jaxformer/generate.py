@@ -25,42 +25,10 @@ from jaxformer.decoding.contrastive import contrastive
 from jaxformer.decoding.diverse import diverse
 from jaxformer.decoding.loop import Decoded, Strategy, decode
 from jaxformer.decoding.speculative import lookup, speculate
+from jaxformer.method import OPTIONAL, Method, Numbers, bad_ids, processors_of
 from jaxformer.nn.cache import Cache, follow, init_cache, keep, share_prompt
 from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
-
-
-class Method(NamedTuple):
-    """What a decoding function is compiled for, besides the shapes of its input."""
-
-    sampling: bool
-    width: int
-    length: int
-    norm: Any
-    start_id: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    suppress: tuple[int, ...] = ()
-    suppress_first: tuple[int, ...] = ()
-    forced_first: int = -1
-    forced_last: int = -1
-    beams: int = 1
-    groups: int = 1
-    contrastive: bool = False
-    lookup: int = 0
-
-
-class Numbers(NamedTuple):
-    """What may change without compiling anew."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    length_penalty: float
-    min_length: int = 0
-    diversity: float = 0.0
-    penalty_alpha: float = 0.0
 
 
 class Carried(NamedTuple):
@@ -118,6 +86,12 @@ def decode_batch(
         options.groups,
         options.contrastive > 0,
         options.lookup,
+        options.early_stopping,
+        options.no_repeat_ngram,
+        options.encoder_no_repeat_ngram,
+        bad_ids(options, tokenizer),
+        tuple(i for i, _ in options.logit_bias),
+        tuple(name for name in OPTIONAL if getattr(options, name) != getattr(DecodeConfig, name)),
     )
     numbers = Numbers(  # an int where a float belongs would compile anew
         float(options.temperature),
@@ -128,6 +102,9 @@ def decode_batch(
         options.min_length,
         float(options.diversity),
         float(options.penalty_alpha),
+        **{name: float(getattr(options, name)) for name in OPTIONAL},
+        length_decay_start=options.length_decay_start,
+        bias=tuple(float(bias) for _, bias in options.logit_bias),
     )
     table = None
     if wanted := constraints(options):
@@ -197,7 +174,13 @@ def _decode(
     cache = init_cache(config, rows, slots, prompt.ids.shape[1] if config.n_encoder_layers else 0)
     hidden, cache = run(target, memory, memory_seg, cache, method="decode")
     last = jnp.take_along_axis(hidden, (taken - 1)[:, None, None], axis=1)[:, 0]
-    logits = run(last, method="unembed")
+
+    def head(hidden: Array) -> Array:
+        """Logits; for beam search under a penalty that is no mere difference, log-probabilities."""
+        logits = run(hidden, method="unembed")
+        if method.beams > 1 and {"repetition_penalty", "length_decay"} & set(method.on):
+            return jax.nn.log_softmax(logits.astype(jnp.float32))
+        return logits
 
     def step(
         carried: Carried, tokens: Array, parent: Array | None, t: Array
@@ -207,8 +190,7 @@ def _decode(
         queries = Tokens(tokens, pos, jnp.ones_like(tokens))
         cache = follow(carried.cache, parent)
         hidden, cache = run(queries, None, None, cache, method="decode")
-        logits = run(hidden, method="unembed")
-        return logits, Carried(cache, hidden if method.contrastive else None)
+        return head(hidden), Carried(cache, hidden if method.contrastive else None)
 
     def check(carried: Carried, tokens: Array, count: Array) -> tuple[Array, Carried]:
         """A token of each row and the guesses after it; those beyond its limit are as padding."""
@@ -225,7 +207,7 @@ def _decode(
         loop = partial(
             speculate, check, lambda c, kept: Carried(keep(c.cache, fed, kept), None), guess
         )
-    parts = _constraints(config, method, numbers, limit)
+    parts = processors_of(config, method, numbers, limit, target, prompt)
     if table is not None:  # a forced end takes the last place
         parts.append(constrained(table, limit - (method.forced_last >= 0)))
     if method.sampling:
@@ -235,10 +217,14 @@ def _decode(
             processors.top_p(numbers.top_p),
             processors.min_p(numbers.min_p),
         ]
+        truncations = (processors.typical, processors.epsilon, processors.eta)
+        for name, made in zip(("typical_p", "epsilon", "eta"), truncations, strict=True):
+            if name in method.on:
+                parts.append(made(getattr(numbers, name)))
     now = jnp.broadcast_to(last[:, None], (rows, width, last.shape[-1]))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row_ids)
     return loop(
-        logits,
+        head(last),
         Carried(share_prompt(cache, width), now if method.contrastive else None),
         _strategy(method, numbers, hidden, target.seg > 0),
         processors.chain(*parts),
@@ -259,32 +245,8 @@ def _strategy(
         return contrastive(width, numbers.penalty_alpha, lambda c: c.hidden, hidden, there)
     if method.beams > 1:
         size = width // method.groups
-        search = strategies.beam(size, numbers.length_penalty, method.norm)
+        search = strategies.beam(size, numbers.length_penalty, method.norm, method.early_stopping)
         if method.sampling:
             return beam_sample(search)
         return diverse(search, method.groups, numbers.diversity) if method.groups > 1 else search
     return strategies.sample(width) if method.sampling else strategies.greedy()
-
-
-def _constraints(
-    config: ModelConfig, method: Method, numbers: Numbers, limit: Int[Array, " B"]
-) -> list[processors.Processor]:
-    """Which tokens are out of the question, and which are the only ones."""
-
-    def mask(ids: tuple[int, ...]) -> Array:
-        return jnp.isin(jnp.arange(config.vocab_size), jnp.array(ids))
-
-    first, last = method.forced_first, method.forced_last
-    parts = []
-    if first >= 0:
-        parts.append(processors.forced(first, 0))
-    if last >= 0:
-        parts.append(processors.forced(last, limit - 1))
-    # A forced end stands, however few tokens there is room for.
-    least = jnp.minimum(numbers.min_length, limit - 1) if last >= 0 else numbers.min_length
-    parts.append(processors.min_length(least, method.stop_ids))
-    if method.suppress:
-        parts.append(processors.ban(mask(method.suppress)))
-    if method.suppress_first:  # the first that is free
-        parts.append(processors.ban_at(mask(method.suppress_first), int(first >= 0)))
-    return parts

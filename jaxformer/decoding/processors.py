@@ -49,7 +49,7 @@ def stateless(function: Callable[[Array], Array]) -> Processor:
     return Processor(lambda b, w: (), lambda logits, _: function(logits), lambda state, _: state)
 
 
-def _counting(function: Callable[[Array, Array], Array]) -> Processor:
+def counting(function: Callable[[Array, Array], Array]) -> Processor:
     """A processor that needs the logits and how many tokens stand before them, "B W"."""
     return Processor(
         lambda b, w: jnp.zeros((b, w), jnp.int32), function, lambda count, _: count + 1
@@ -120,6 +120,47 @@ def min_p(p: float | Float[Array, ""]) -> Processor:
     return stateless(apply)
 
 
+def typical(p: float | Float[Array, ""]) -> Processor:
+    """Keep the tokens of most typical information, until their probabilities reach p; 1 keeps all.
+
+    Those come first whose -log p(token) is nearest to its mean, the entropy; equally near ones go
+    together. Meister et al., 2022.
+    """
+
+    def apply(logits):
+        information = -jax.nn.log_softmax(logits, -1)
+        probability = jnp.exp(-information)
+        distance = jnp.abs(information - _entropy(logits)[..., None])
+        distance = jnp.where(logits > -jnp.inf, distance, jnp.inf)
+        ordered, of_ordered = jax.lax.sort((distance, probability), num_keys=1)
+        below = (jnp.cumsum(of_ordered, -1) < p).sum(-1, keepdims=True)
+        farthest = jnp.take_along_axis(ordered, jnp.minimum(below, logits.shape[-1] - 1), -1)
+        return jnp.where(distance <= farthest, logits, -jnp.inf)
+
+    return _when(p < 1, apply)
+
+
+def epsilon(least: float | Float[Array, ""]) -> Processor:
+    """Keep tokens with a probability of at least `least`, and the most likely ones; 0 keeps all.
+
+    Hewitt et al., 2022.
+    """
+    return stateless(lambda logits: _likely(logits, jnp.asarray(least)))
+
+
+def eta(least: float | Float[Array, ""]) -> Processor:
+    """`epsilon`, at sqrt(least) * exp(-entropy) where that is less: kinder to flat distributions.
+
+    Hewitt et al., 2022.
+    """
+
+    def apply(logits):
+        flat = jnp.sqrt(least) * jnp.exp(-_entropy(logits)[..., None])
+        return _likely(logits, jnp.minimum(least, flat))
+
+    return stateless(apply)
+
+
 def ban(mask: Bool[Array, " V"]) -> Processor:
     """Forbid every token whose mask is true."""
     return stateless(lambda logits: jnp.where(mask[None, None], -jnp.inf, logits))
@@ -127,7 +168,7 @@ def ban(mask: Bool[Array, " V"]) -> Processor:
 
 def ban_at(mask: Bool[Array, " V"], at: int) -> Processor:
     """Forbid every token whose mask is true, as token number `at` only, counted from 0."""
-    return _counting(
+    return counting(
         lambda logits, count: jnp.where((count == at)[..., None] & mask, -jnp.inf, logits)
     )
 
@@ -142,22 +183,29 @@ def min_length(
         early = count < jnp.reshape(least, (-1, 1))
         return jnp.where(early[..., None] & ends, -jnp.inf, logits)
 
-    return _counting(apply)
+    return counting(apply)
 
 
-def forced(token: int, at: int | Int[Array, " B"]) -> Processor:
+def forced(token: int, at: int | Int[Array, " B"], others: Processor) -> Processor:
     """Make `token` the only choice for the token number `at` of its row, counted from 0.
 
-    It is certain then: its log-probability is 0, if nothing was forbidden before this.
+    It is certain then: its log-probability is 0. Every other number is for `others` to process.
     """
 
-    def apply(logits, count):
+    def apply(logits, states):
+        count, state = states
         now = (count == jnp.reshape(at, (-1, 1)))[..., None]
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         certain = jax.nn.logsumexp(logits, -1, keepdims=True)
-        return jnp.where(now, jnp.where(ids == token, certain, -jnp.inf), logits)
+        return jnp.where(
+            now, jnp.where(ids == token, certain, -jnp.inf), others.apply(logits, state)
+        )
 
-    return _counting(apply)
+    return Processor(
+        lambda b, w: (jnp.zeros((b, w), jnp.int32), others.init(b, w)),
+        apply,
+        lambda states, token: (states[0] + 1, others.update(states[1], token)),
+    )
 
 
 def automaton(following: Int[Array, "S V"]) -> Processor:
@@ -172,6 +220,17 @@ def automaton(following: Int[Array, "S V"]) -> Processor:
         lambda logits, state: jnp.where(following[state] >= 0, logits, -jnp.inf),
         lambda state, token: following[state, token].astype(jnp.int32),
     )
+
+
+def _entropy(logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
+    log_prob = jax.nn.log_softmax(logits, -1)
+    return -jnp.where(logits > -jnp.inf, jnp.exp(log_prob) * log_prob, 0.0).sum(-1)
+
+
+def _likely(logits: Float[Array, "B W V"], least: Float[Array, "..."]) -> Float[Array, "B W V"]:
+    probability = jax.nn.softmax(logits, -1)
+    best = logits == logits.max(-1, keepdims=True)
+    return jnp.where((probability >= least) | best, logits, -jnp.inf)
 
 
 def _falling(logits: Float[Array, "B W V"]) -> Float[Array, "B W V"]:

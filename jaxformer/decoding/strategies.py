@@ -30,15 +30,20 @@ def sample(n: int) -> Strategy:
 
 
 def beam(
-    width: int, alpha: float | Float[Array, ""], norm: Literal["wu", "plain"] = "wu"
+    width: int,
+    alpha: float | Float[Array, ""],
+    norm: Literal["wu", "plain"] = "wu",
+    stop_when: Literal["exact", "heuristic", "full"] = "exact",
 ) -> Strategy:
-    """Beam search with a pool of finished hypotheses and an exact early stop.
+    """Beam search with a pool of finished hypotheses and an early stop.
 
     A hypothesis of n tokens scores its log-probability over ((5 + n) / 6) ** alpha ("wu", Wu et
     al., 2016) or over n ** alpha ("plain"). Each row keeps its `width` best finished hypotheses,
-    and stops when no live one can still enter them. The probability of a forbidden token is not
-    shared out among the others, and a processor may only lower logits here. Where fewer than
-    `width` hypotheses exist, the rest are empty dead ends.
+    and stops when no live one can still enter them: at any length ("exact", as long as processors
+    only lower logits), or if it ended here and now ("heuristic"); or at once when there are `width`
+    of them ("full"). transformers' early_stopping calls these "never", False and True. The
+    probability of a forbidden token is not shared out among the others. Where fewer than `width`
+    hypotheses exist, the rest are empty dead ends.
     """
 
     def penalty(n: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -93,10 +98,14 @@ def beam(
         pool = gather(both, best)
 
         # The others live on, until even the kindest length cannot lift them over the pool's worst.
+        worst = pool.score[:, -1]
         live, best = jax.lax.top_k(jnp.where(eos, NEG, score), width)
         parent, token, log_prob = gather((parent, token, log_prob), best)
-        kindest = jnp.maximum(penalty(state.t + 1), penalty(state.limit))
-        stop = last[:, 0] | (live[:, 0] <= NEG) | (live[:, 0] / kindest <= pool.score[:, -1])
+        kindest = penalty(state.t + 1)
+        if stop_when == "exact":
+            kindest = jnp.maximum(kindest, penalty(state.limit))
+        enough = worst > NEG if stop_when == "full" else live[:, 0] / kindest <= worst
+        stop = last[:, 0] | (live[:, 0] <= NEG) | enough
         return Choice(
             parent, token, log_prob, jnp.broadcast_to(stop[:, None], token.shape), (live, pool)
         )

@@ -20,6 +20,8 @@ from jaxformer.hub.gguf_model import open_gguf
 from jaxformer.hub.gguf_tokenizer import gguf_tokenizer_files
 from jaxformer.hub.tensors import Stored, open_safetensors
 
+STOPPING = {"never": "exact", False: "heuristic", True: "full"}
+"""Our `early_stopping` for theirs."""
 CONFIG, GENERATION, GGUF = "config.json", "generation_config.json", ".gguf"
 TOKENIZER = "tokenizer_config.json"
 NEW_TOKENS = 128
@@ -155,17 +157,26 @@ def decode_config(
         most = given.get("max_new_tokens") or start and given.get("max_length", 0) - start
         least = given.get("min_new_tokens") or start and given.get("min_length", 0) - start
         last = given.get("forced_eos_token_id", -1)
-        bad = [ids[0] for ids in given.get("bad_words_ids", []) if len(ids) == 1]
+        decay_start, decay = given.get("exponential_decay_length_penalty", (0, 1.0))
+        biases = {ids[0]: bias for ids, bias in given.get("sequence_bias", []) if len(ids) == 1}
         fields: dict[str, Any] = {
             "max_length": most if most > 0 else min(NEW_TOKENS, config.max_length),
             "min_length": max(least, 0),
             "beams": given.get("num_beams", 1),
             "length_penalty": given.get("length_penalty", 1.0),
             "length_norm": "plain",
+            "early_stopping": STOPPING[given.get("early_stopping", False)],
             "forced_first": given.get("forced_bos_token_id", -1),
             "forced_last": last[0] if isinstance(last, list) else last,
-            "suppress": [*given.get("suppress_tokens", []), *bad],
+            "suppress": given.get("suppress_tokens", []),
             "suppress_first": given.get("begin_suppress_tokens", []),
+            "bad_ids": given.get("bad_words_ids", []),
+            "logit_bias": list(biases.items()),
+            "repetition_penalty": given.get("repetition_penalty", 1.0),
+            "no_repeat_ngram": given.get("no_repeat_ngram_size", 0),
+            "encoder_no_repeat_ngram": given.get("encoder_no_repeat_ngram_size", 0),
+            "length_decay": decay,
+            "length_decay_start": decay_start,
         }
         if given.get("do_sample"):
             fields |= {
@@ -175,6 +186,9 @@ def decode_config(
                 "top_k": given.get("top_k", 50),
                 "top_p": given.get("top_p", 1.0),
                 "min_p": given.get("min_p", 0.0),
+                "typical_p": given.get("typical_p", 1.0),
+                "epsilon": given.get("epsilon_cutoff", 0.0),
+                "eta": given.get("eta_cutoff", 0.0),
             }
         return from_json(DecodeConfig, json.dumps(fields), where)
     except ConfigError as e:
