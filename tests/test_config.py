@@ -32,6 +32,8 @@ DEFAULT = TrainConfig()
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Values of an annotated type, small enough to be valid now and then."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and args[-1] is not Ellipsis:
+        return st.tuples(*map(values, args))
     if origin is tuple:
         return st.lists(values(args[0]), max_size=3).map(tuple)
     if origin is Literal:
@@ -119,6 +121,8 @@ def test_every_misspelt_option_is_named_with_the_nearest():
         ('{"steps": 1.0}', "config.steps must be of type int, not 1.0"),
         ('{"model": {"norm": "lyer"}}', "config.model.norm is 'lyer'; .* 'layer', 'rms'"),
         ('{"metrics": ["blue"]}', r"config.metrics\[0\] is 'blue'"),
+        ('{"decode": {"logit_bias": [[1]]}}', r"logit_bias\[0\] must have 2 parts"),
+        ('{"decode": {"logit_bias": [[1.5, 1]]}}', r"logit_bias\[0\]\[0\] must be of type int"),
         ('{"data": {"buckets": 8}}', "config.data.buckets must be a list"),
         ('{"optim": {"clip": NaN}}', "clip is nan"),
     ],
@@ -167,6 +171,20 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (DecodeConfig, {"top_p": float("nan")}, "top_p is nan"),
     (DecodeConfig, {"top_k": -1}, "top_k is -1"),
     (DecodeConfig, {"min_p": 1.1}, "min_p is 1.1"),
+    (DecodeConfig, {"typical_p": 0.0}, "typical_p is 0.0"),
+    (DecodeConfig, {"epsilon": 1.0}, "epsilon is 1.0"),
+    (DecodeConfig, {"eta": float("nan")}, "eta is nan"),
+    (DecodeConfig, {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    (DecodeConfig, {"presence_penalty": float("inf")}, "presence_penalty is inf"),
+    (DecodeConfig, {"length_decay": -1.0}, "length_decay is -1.0"),
+    (DecodeConfig, {"no_repeat_ngram": 65}, "no_repeat_ngram is 65"),
+    (DecodeConfig, {"bad_words": ("a", "")}, "bad_words has an empty text"),
+    (DecodeConfig, {"bad_ids": ((1,), ())}, r"bad_ids has \(\)"),
+    (DecodeConfig, {"bad_ids": ((-1,),)}, "bad_ids has"),
+    (DecodeConfig, {"bad_ids": ((1,),) * 4097}, "bad_ids has 4097 entries"),
+    (DecodeConfig, {"logit_bias": ((3, float("nan")),)}, "logit_bias has"),
+    (DecodeConfig, {"logit_bias": ((3, 1.0), (3, 2.0))}, "an id twice"),
+    (DecodeConfig, {"beams": 2, "typical_p": 0.5}, "not both"),
     (DecodeConfig, {"min_length": -1}, "min_length is -1"),
     (DecodeConfig, {"min_length": 5, "max_length": 4}, "min_length 5 is more than max_length 4"),
     (DecodeConfig, {"beams": 2, "samples": 3}, "not both"),
@@ -213,6 +231,9 @@ def test_what_follows_from_other_options():
         {"top_k": 1},
         {"top_p": 0.5},
         {"min_p": 0.1},
+        {"typical_p": 0.5},
+        {"epsilon": 0.1},
+        {"eta": 0.1},
     ]
     for option in ways:
         assert DecodeConfig(**option).sampling

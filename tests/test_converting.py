@@ -173,13 +173,24 @@ def decodes() -> st.SearchStrategy[DecodeConfig]:
     common = dict(
         max_length=st.integers(9, 99), min_length=st.integers(0, 9), suppress=ids,
         suppress_first=ids, forced_first=st.integers(-1, 9), forced_last=st.integers(-1, 9),
-        length_norm=st.just("plain"),
+        length_norm=st.just("plain"), repetition_penalty=st.floats(0.5, 2),
+        no_repeat_ngram=st.integers(0, 4), encoder_no_repeat_ngram=st.integers(0, 4),
+        bad_ids=st.lists(st.lists(st.integers(0, 99), min_size=1).map(tuple)).map(tuple),
+        logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-9, 9)).map(
+            lambda found: tuple(found.items())
+        ),
     )  # fmt: skip
+    usual = dict(length_penalty=st.just(1.0), early_stopping=st.just("heuristic"))
     return st.one_of(
-        st.builds(DecodeConfig, length_penalty=st.just(1.0), **common),
-        st.builds(DecodeConfig, beams=st.integers(2, 9), length_penalty=st.floats(0, 2), **common),
+        st.builds(DecodeConfig, **usual, **common),
         st.builds(
-            DecodeConfig, samples=st.just(1), length_penalty=st.just(1.0),
+            DecodeConfig, beams=st.integers(2, 9), length_penalty=st.floats(0, 2),
+            early_stopping=st.sampled_from(["exact", "heuristic", "full"]),
+            length_decay=st.floats(1.1, 2), length_decay_start=st.integers(0, 9), **common,
+        ),
+        st.builds(
+            DecodeConfig, samples=st.just(1), **usual, typical_p=st.floats(0.1, 1),
+            epsilon=st.floats(0, 0.9), eta=st.floats(0, 0.9),
             temperature=st.floats(0.1, 2), top_k=st.integers(0, 9), top_p=st.floats(0.1, 1),
             min_p=st.floats(0, 1), **common,
         ),

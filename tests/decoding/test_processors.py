@@ -14,12 +14,15 @@ from jaxformer.decoding.processors import (
     ban,
     ban_at,
     chain,
+    epsilon,
+    eta,
     forced,
     min_length,
     min_p,
     temperature,
     top_k,
     top_p,
+    typical,
 )
 from jaxformer.decoding.strategies import sample
 
@@ -73,11 +76,50 @@ def test_min_p_keeps_what_is_likely_enough(row, p):
     assert kept(min_p(p), row) == {i for i in ranking(row) if ratio[i] >= p}
 
 
+def distribution(row):
+    """Exact probabilities, and their entropy."""
+    p = np.exp(np.array(row, np.float64) - max(row))
+    p /= p.sum()
+    return p, -(p[p > 0] * np.log(p[p > 0])).sum()
+
+
+@given(logits_rows, st.floats(0.05, 0.95))
+@settings(max_examples=60, deadline=None)
+def test_typical_keeps_the_nearest_to_the_entropy(row, mass):
+    p, entropy = distribution(row)
+    tokens = ranking(row)
+    distance = {i: abs(-np.log(p[i]) - entropy) for i in tokens}
+    levels = sorted({round(d, 4) for d in distance.values()})
+    left, reached = set(), 0.0
+    for level in levels:  # equally near ones together
+        if abs(reached - mass) < 1e-5:
+            return  # decided by rounding
+        if reached < mass:
+            near = {i for i in tokens if abs(distance[i] - level) < 1e-3}
+            left |= near
+            reached += sum(p[i] for i in near)
+    assert kept(typical(mass), row) == left
+
+
+@given(logits_rows, st.floats(0.01, 0.9))
+@settings(max_examples=60, deadline=None)
+def test_epsilon_and_eta_keep_what_is_likely_enough(row, least):
+    p, entropy = distribution(row)
+    for made, floor in (
+        (epsilon, least),
+        (eta, min(least, np.sqrt(least) * np.exp(-entropy))),
+    ):
+        if np.abs(p - floor).min() > 1e-5:
+            best = {i for i in ranking(row) if row[i] == max(row)}
+            assert kept(made(least), row) == best | set(np.flatnonzero(p >= floor).tolist())
+
+
 @given(logits_rows)
 @settings(max_examples=30, deadline=None)
 def test_the_neutral_values_keep_everything(row):
     every = set(ranking(row))
     assert kept(chain(top_k(0), top_p(1.0), min_p(0.0)), row) == every
+    assert kept(chain(typical(1.0), epsilon(0.0), eta(0.0)), row) == every
     assert kept(chain(), row) == every
     np.testing.assert_allclose(apply(temperature(1.0), row), row, rtol=1e-6)
 
@@ -103,8 +145,10 @@ def test_temperature_sharpens_and_zero_keeps_the_argmax(row, t):
 
 
 @pytest.mark.parametrize(
-    "processor", [temperature(0.0), temperature(0.5), top_k(2), top_p(0.5), min_p(0.5), min_p(0.0)]
-)
+    "processor",
+    [temperature(0.0), temperature(0.5), top_k(2), top_p(0.5), min_p(0.5), min_p(0.0),
+     typical(0.5), epsilon(0.1), eta(0.1)],
+)  # fmt: skip
 def test_a_dead_end_stays_one(processor):
     assert (apply(processor, [-np.inf] * 5) == -np.inf).all()
 
@@ -121,19 +165,20 @@ def test_ban_and_min_length():
 
 
 def test_forced_is_certain_at_its_place_alone():
-    processor = forced(4, jnp.array([0, 2]))
+    processor = forced(4, jnp.array([0, 2]), ban(jnp.arange(5) == 1))
     logits = jnp.array([0.0, 1.0, 2.0, 3.0, -1.0]) + jnp.zeros((2, 1, 5))
     state, certain = processor.init(2, 1), []
     for _ in range(3):
         processed = processor.apply(logits, state)
         alone = np.isneginf(processed[:, 0, :4]).all(-1)
+        others = logits.at[:, :, 1].set(-jnp.inf)
         for row in range(2):
             if alone[row]:  # log-probability 0 under the unprocessed logits
                 np.testing.assert_allclose(
                     processed[row, 0, 4], jax.nn.logsumexp(logits[row, 0]), rtol=1e-6
                 )
             else:
-                np.testing.assert_array_equal(processed[row], logits[row])
+                np.testing.assert_array_equal(processed[row], others[row])
         certain.append(alone.tolist())
         state = processor.update(state, jnp.array([[3], [3]]))
     assert certain == [[True, False], [False, False], [False, True]]
@@ -155,11 +200,11 @@ def test_any_end_is_held_back():
 
 
 ROW = np.array([1.0, -0.5, 0.8, 0.0, 2.0, -1.5, 1.0], np.float32)
-NEUTRAL = dict(mask=np.zeros(7, bool), t=1.0, k=0, p=1.0, floor=0.0)
+NEUTRAL = dict(mask=np.zeros(7, bool), t=1.0, k=0, p=1.0, floor=0.0, mass=1.0, least=0.0, flat=0.0)
 
 
 @jax.jit
-def draw(mask, t, k, p, floor):
+def draw(mask, t, k, p, floor, mass, least, flat):
     """Two-token samples of a model whose logits never change."""
     rows, n = 500, 8
     logits = jnp.broadcast_to(jnp.array(ROW), (rows, n, len(ROW)))
@@ -168,7 +213,16 @@ def draw(mask, t, k, p, floor):
         logits[:, 0],
         (),
         sample(n),
-        chain(ban(mask), temperature(t), top_k(k), top_p(p), min_p(floor)),
+        chain(
+            ban(mask),
+            temperature(t),
+            top_k(k),
+            top_p(p),
+            min_p(floor),
+            typical(mass),
+            epsilon(least),
+            eta(flat),
+        ),
         length=2,
         limit=jnp.full(rows, 2),
         eos_ids=[-1],
@@ -191,6 +245,14 @@ def draw(mask, t, k, p, floor):
         (dict(mask=np.arange(7) == 4), [0, 1, 2, 3, 5, 6]),
         (dict(t=2.0, k=5, floor=0.6), [4, 0, 6]),
         (dict(t=0.0), [4]),
+        # The probabilities are .16, .04, .13, .06, .44, .01, .16; 0 and 6 are the most typical.
+        (dict(mass=0.1), [0, 6]),
+        (dict(mass=0.4), [0, 6, 2]),
+        (dict(mass=0.5), [0, 6, 2, 4]),
+        (dict(least=0.1), [4, 0, 6, 2]),
+        (dict(least=0.9), [4]),
+        (dict(flat=0.1), [4, 0, 6, 2]),
+        (dict(flat=0.07), [4, 0, 6, 2, 3]),  # least=0.07 would not keep 3
     ],
 )
 def test_samples_follow_the_exact_probabilities(options, left):

@@ -125,8 +125,8 @@ def run(model: Toy, name, width=1, norm="wu", length=LENGTH, **options) -> Decod
 
 
 def strategy_named(name, width, alpha, norm="wu"):
-    if name == "beam":
-        return strategies.beam(width, alpha, norm)
+    if name.startswith("beam"):  # and when it stops, as in "beam full"
+        return strategies.beam(width, alpha, norm, *name.split()[1:])
     return strategies.sample(width) if name == "sample" else strategies.greedy()
 
 

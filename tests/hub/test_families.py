@@ -171,7 +171,9 @@ def test_sizes_of_generation_are_bounded(key, value):
 @given(st.dictionaries(st.sampled_from(
     ["max_new_tokens", "max_length", "min_length", "num_beams", "length_penalty", "do_sample",
      "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-     "bad_words_ids", "temperature", "top_k", "top_p"]), JUNK, max_size=4))  # fmt: skip
+     "bad_words_ids", "temperature", "top_k", "top_p", "sequence_bias", "early_stopping",
+     "repetition_penalty", "no_repeat_ngram_size", "exponential_decay_length_penalty"]), JUNK,
+    max_size=4))  # fmt: skip
 @settings(max_examples=300)
 def test_no_generation_config_is_believed(generation):
     family = FAMILIES["bart"]

@@ -12,6 +12,7 @@ import transformers
 from checkpoints import Checkpoint
 
 NEW_TOKENS, BEAMS = 24, 4
+torch.set_num_threads(1)  # for models this small, more only wait for each other
 
 
 def make(checkpoint: Checkpoint, lively: bool = False) -> Any:
@@ -119,9 +120,12 @@ def compute(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def generate(
-    model: Any, rows: list[list[int]], beams: int
+    model: Any, rows: list[list[int]], beams: int, settings: Mapping[str, Any] | None = None
 ) -> tuple[list[list[tuple[int, ...]]], np.ndarray]:
-    """What is generated of each row, best first, ends included; and the scores."""
+    """What is generated of each row, best first, ends included; and the scores.
+
+    `settings` come before those of the model's own generation config.
+    """
     length, pad = max(map(len, rows)), model.config.pad_token_id
     ids, mask = np.full((len(rows), length), pad), np.zeros((len(rows), length))
     for i, row in enumerate(rows):  # what a decoder continues, it continues on the right
@@ -132,11 +136,11 @@ def generate(
     out = model.generate(
         input_ids=torch.tensor(ids),
         attention_mask=torch.tensor(mask, dtype=torch.long),
-        num_beams=beams,
         num_return_sequences=beams,
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
+        **{"num_beams": beams, **(settings or {})},
     )
     before = 1 if model.config.is_encoder_decoder else length
     stop = model.generation_config.eos_token_id

@@ -26,8 +26,15 @@ sentence-transformers' directories of BERT types bring their pooling along.
 
 Not read: other rope scalings than linear, llama3 and LongRoPE within the original context;
 OPT-350m; encoder-decoders whose sides differ in width or heads; token types other than the first
-(pairs of texts); the second head of BertForPreTraining, and poolers that no head uses. Of
-generation_config.json, penalties of repetition and n-grams, and early_stopping, are not followed.
+(pairs of texts); the second head of BertForPreTraining, and poolers that no head uses.
+
+generation_config.json is followed, and written: greedy search, beams with their length penalty and
+early_stopping, and sampling; temperature, top-k, top-p, min-p, typical, epsilon and eta cutoffs;
+repetition penalty, n-gram blocks, bad words, biases of single tokens, exponential length decay;
+lengths, suppressed and forced tokens. Over 200 random settings of them, ragged prompts and 4 beams
+are compared with transformers' `generate` in the same way: all tokens, the order of all beams, and
+scores to 1e-4. Not followed: biases of sequences of tokens, and a penalty of what the encoder read;
+forced_bos_token_id holds for every prompt, where transformers forgets it after one of two tokens.
 """
 
 
