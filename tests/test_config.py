@@ -184,7 +184,6 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (DecodeConfig, {"bad_ids": ((1,),) * 4097}, "bad_ids has 4097 entries"),
     (DecodeConfig, {"logit_bias": ((3, float("nan")),)}, "logit_bias has"),
     (DecodeConfig, {"logit_bias": ((3, 1.0), (3, 2.0))}, "an id twice"),
-    (DecodeConfig, {"beams": 2, "typical_p": 0.5}, "not both"),
     (DecodeConfig, {"min_length": -1}, "min_length is -1"),
     (DecodeConfig, {"min_length": 5, "max_length": 4}, "min_length 5 is more than max_length 4"),
     (DecodeConfig, {"beams": 2, "samples": 3}, "not both"),

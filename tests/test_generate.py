@@ -301,6 +301,34 @@ def test_minimum_bayes_risk_ranks_the_same_samples():
     assert moved
 
 
+def test_numbers_of_penalties_compile_nothing_anew():
+    lively = model("decoder-only")
+    on = dict(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, typical_p=0.9,
+              epsilon=0.01, eta=0.01, length_decay=1.1, logit_bias=((4, 1.0),))  # fmt: skip
+    first = lively.hypotheses(TEXTS, DecodeConfig(**on, seed=1))
+    before = compiled()
+    options: list[dict[str, Any]] = [
+        {"repetition_penalty": 3}, {"presence_penalty": 4}, {"frequency_penalty": -4},
+        {"typical_p": 0.1}, {"epsilon": 0.5}, {"eta": 0.5}, {"length_decay": 9.0},
+        {"logit_bias": ((4, 9.0),)},
+    ]  # fmt: skip
+    for option in options:
+        assert lively.hypotheses(TEXTS, DecodeConfig(**on | option, seed=1)) != first
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("way", [GREEDY, BEAMS, SAMPLES], ids=["greedy", "beam", "sample"])
+def test_bad_words_are_not_written(way: DecodeConfig):
+    lively, way = model("encoder-decoder"), dataclasses.replace(way, min_length=3)
+    free = [h.text for r in lively.hypotheses(TEXTS, way) for h in r.hypotheses]
+    pairs = Counter(text[i : i + 2] for text in free for i in range(len(text) - 1))
+    word = pairs.most_common(1)[0][0]
+    banned = dataclasses.replace(way, bad_words=(word, "xyz"), bad_ids=((LETTERS.eos_id,),))
+    found = [h for r in lively.hypotheses(TEXTS, banned) for h in r.hypotheses]
+    assert not any(word in h.text for h in found)
+    assert any(h.finish == "eos" for h in found)  # a bare end is no bad word
+
+
 def test_lengths_compile_once_a_bucket():
     writer = model("decoder-only")
     writer = dataclasses.replace(writer, config=dataclasses.replace(writer.config, norm_eps=1e-5))

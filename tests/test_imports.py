@@ -20,7 +20,7 @@ FLOORS = (
     {"converting", "bulk"},
     {"training", "loading"},
     {"model"},
-    {"generate", "constraining", "arrays", "inspecting", "vectors"},
+    {"generate", "method", "constraining", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
     {"shards", "progress"},
@@ -28,7 +28,8 @@ FLOORS = (
     {"errors"},
 )
 NEIGHBOURS = {("training", "loading"), ("loading", "training"), ("run", "data"),
-              ("generate", "constraining"), ("hub", "data"), ("presets", "config")}  # fmt: skip
+              ("generate", "constraining"), ("generate", "method"), ("hub", "data"),
+              ("presets", "config")}  # fmt: skip
 
 
 def part_of(module: str) -> str:
