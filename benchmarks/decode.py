@@ -40,14 +40,15 @@ def jaxformer(folder: Path) -> Any:
 
     from jaxformer.batching import pad
     from jaxformer.config import DecodeConfig
-    from jaxformer.generate import decode_batch
+    from jaxformer.generate import decode_batch, prepare
     from jaxformer.loading import load_weights
 
     models = {}
 
     def run(model: str, rows: int, beams: int) -> list[int]:
         if model not in models:
-            models[model] = load_weights(folder / model)
+            config, params = load_weights(folder / model)
+            models[model] = config, prepare(params)
         stop = 1 if model == "t5" else 2
         special: Any = SimpleNamespace(start_id=0, pad_id=0, stop_ids=(stop,))
         options = DecodeConfig(beams=beams, max_length=LENGTH, min_length=LENGTH)
@@ -243,7 +244,7 @@ def main() -> None:
         make = [
             sys.executable,
             "-c",
-            f"import decode; decode.make_models(decode.Path({str(folder)!r}))",
+            f"import decode; decode.make_models(decode.Path({str(folder.absolute())!r}))",
         ]
         subprocess.run(make, check=True, cwd=Path(__file__).parent)
     workers = {name: Worker(name, folder) for name in ("jaxformer", *options.peers)}
