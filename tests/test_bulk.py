@@ -27,7 +27,10 @@ from jaxformer.errors import CheckpointError, ConfigError, DataError
 from jaxformer.generate import _decode_over
 from jaxformer.model import Hypothesis, Model
 
-pytestmark = pytest.mark.usefixtures("_compiled")
+pytestmark = [
+    pytest.mark.usefixtures("_compiled"),
+    pytest.mark.slow,  # each trains, or decodes many texts
+]
 DECODE = DecodeConfig(samples=2, n_best=2, max_length=8, batch_size=2, seed=3)
 
 

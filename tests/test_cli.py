@@ -92,6 +92,7 @@ def test_chunks_neither_change_samples_nor_order(command: Any, monkeypatch: pyte
         assert [h["ids"] for h in one["hypotheses"]] == [h["ids"] for h in other["hypotheses"]]
 
 
+@pytest.mark.slow
 def test_constraints_hold(command: Any):
     for options, pattern in (
         (("--regex", "[ab]{2}c?"), "[ab]{2}c?"),
@@ -154,6 +155,7 @@ def test_what_is_not_utf_8_is_named_by_line(command: Any):
     assert "line 3" in errors and "not UTF-8" in errors and "byte 1" in errors
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_decoding(command: Any, tmp_path: Path):
     decode = DecodeConfig(samples=4, n_best=4, max_length=8)
     model = jaxformer.load("reversing")

@@ -90,7 +90,14 @@ WAYS = {
     "greedy": GREEDY, "beam": BEAMS, "sample": SAMPLES,
     "diverse": DIVERSE, "beam_sample": BEAM_SAMPLES, "contrastive": CONTRASTIVE,
 }  # fmt: skip
-ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+QUICK = ("greedy", "beam", "sample")
+ways = pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, way in WAYS.items()
+    ],
+)
 
 
 def assert_same(a: list, b: list) -> None:
@@ -225,7 +232,9 @@ def test_numbers_of_other_strategies_compile_nothing_anew():
     assert compiled() == before
 
 
-@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("encoder-decoder", marks=pytest.mark.slow), "decoder-only"]
+)
 def test_contrastive_search_is_that_of_the_paper(kind: str):
     """Every candidate through the whole model, without a cache."""
     lively = model(kind, eos=-2.0)
@@ -264,6 +273,7 @@ def test_contrastive_search_is_that_of_the_paper(kind: str):
     assert different
 
 
+@pytest.mark.slow
 def test_one_candidate_is_greedy_and_more_than_the_vocabulary_are_all():
     lively, size = model("decoder-only"), LETTERS.vocab_size
     greedy = lively.hypotheses(TEXTS, GREEDY)
@@ -274,7 +284,9 @@ def test_one_candidate_is_greedy_and_more_than_the_vocabulary_are_all():
     assert_same(lively.hypotheses(TEXTS, every), lively.hypotheses(TEXTS, more))
 
 
-@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("encoder-decoder", marks=pytest.mark.slow), "decoder-only"]
+)
 def test_looking_up_changes_nothing_but_the_passes(kind: str):
     lively = model(kind, eos=-2.0)
     drawn = DecodeConfig(temperature=0.7, seed=3, forced_last=LETTERS.eos_id)
@@ -283,6 +295,7 @@ def test_looking_up_changes_nothing_but_the_passes(kind: str):
         assert_same(lively.hypotheses(TEXTS, options), lively.hypotheses(TEXTS, way))
 
 
+@pytest.mark.slow
 def test_minimum_bayes_risk_ranks_the_same_samples():
     lively = model("decoder-only", eos=-2.0)
     samples = DecodeConfig(samples=8, n_best=8, seed=7)
@@ -301,6 +314,7 @@ def test_minimum_bayes_risk_ranks_the_same_samples():
     assert moved
 
 
+@pytest.mark.slow
 def test_numbers_of_penalties_compile_nothing_anew():
     lively = model("decoder-only")
     on = dict(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, typical_p=0.9,

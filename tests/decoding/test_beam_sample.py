@@ -152,6 +152,7 @@ def test_drawing_everything_is_beam_search():
     assert_equal(draw(model, 27, limit=2), run(model, "beam", 27, limit=2))
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch_nor_on_the_chunk():
     model, limit = toy(5, rows=4), np.array([7, 2, 5, 0])
     keys = jax.random.split(jax.random.key(1), 4)

@@ -69,7 +69,7 @@ def ended(n, text, last):
 
 
 @given(histories, generated, seeds, st.sampled_from([0.5, 1.0, 1.7]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_repetition(history, steps, seed, penalty):
     def reference(logits, row, before, text):
         there = np.isin(np.arange(V), before + text)
@@ -79,7 +79,7 @@ def test_repetition(history, steps, seed, penalty):
 
 
 @given(histories, generated, seeds, st.sampled_from([0.0, 0.5]), st.sampled_from([-0.5, 0.3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_presence_and_frequency_count_what_was_generated(history, steps, seed, once, each):
     def reference(logits, row, before, text):
         count = np.bincount(text, minlength=V) if text else np.zeros(V)
@@ -89,7 +89,7 @@ def test_presence_and_frequency_count_what_was_generated(history, steps, seed, o
 
 
 @given(histories, generated, seeds, st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_ngram_twice(history, steps, seed, n):
     def reference(logits, row, before, text):
         return forbid(logits, ended(n, before + text, before + text))
@@ -98,7 +98,7 @@ def test_no_ngram_twice(history, steps, seed, n):
 
 
 @given(histories, histories, generated, seeds, st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_ngram_of_the_source(sources, history, steps, seed, n):
     def reference(logits, row, before, text):
         return forbid(logits, ended(n, sources[row], before + text))
@@ -111,7 +111,7 @@ def test_no_ngram_of_the_source(sources, history, steps, seed, n):
     histories, generated, seeds, st.lists(st.lists(ids, min_size=1, max_size=3), min_size=1,
     max_size=5),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_bad_words_are_never_finished(history, steps, seed, words):
     def reference(logits, row, before, text):
         last = before + text
@@ -144,7 +144,7 @@ def test_bias(history, steps, seed):
 
 
 @given(histories, generated, seeds, st.sampled_from([0.8, 1.5]), st.integers(0, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_end_grows_after_the_start(history, steps, seed, factor, start):
     def reference(logits, row, before, text):
         out = logits.copy()

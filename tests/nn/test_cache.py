@@ -115,7 +115,7 @@ widths = st.integers(1, 3)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@examples(4)
+@examples(2)
 @given(model_configs(DECODERS), seeds, widths)
 def test_cached_is_uncached(config, seed, width):
     """Chunks of a prompt, and each hypothesis, see their own history and nothing else."""
