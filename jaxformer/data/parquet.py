@@ -85,7 +85,7 @@ def _opened(layout: Layout, file: BinaryIO) -> Any:
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise ConfigError(
-            f'{layout.path} needs pyarrow to be read: pip install "jaxformer[parquet]"; or convert '
+            f'{layout.path} needs pyarrow to be read: pip install -e ".[parquet]"; or convert '
             "it to JSON lines."
         ) from None
     try:
