@@ -344,7 +344,7 @@ def test_parquet_in_and_out(model: Model, tmp_path: Path, words: Path):
 def test_without_pyarrow_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match=r"pip install \"jaxformer\[parquet\]\""):
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[parquet\]\""):
         run(tmp_path / "x.parquet", tmp_path / "out")
 
 

@@ -118,14 +118,14 @@ def in_evaluation(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
 
 
 def in_decoding(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
-    decode = generate._decode
+    decode = generate._decode_over  # there are eight devices, each with a copy of the model
 
     def asked(*arguments: Any) -> Any:
         decoded = decode(*arguments)  # begins to, and returns
         stop()
         return decoded
 
-    patch.setattr(generate, "_decode", asked)
+    patch.setattr(generate, "_decode_over", asked)
 
 
 def interrupt(
