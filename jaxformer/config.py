@@ -556,7 +556,7 @@ class DecodeConfig:
     """Ids, and what is added to the logit of each."""
     include: tuple[str, ...] = ()
     """Phrases that every text has in it, within a word too; "colour|color" is either of two, and
-    \\| is a bar (Post and Vilar 2018)."""
+    \\| is a bar."""
     prefix: str = ""
     """What every text begins with."""
     allowed: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from jaxformer.decoding.contrastive import contrastive
 from jaxformer.decoding.diverse import diverse
 from jaxformer.decoding.loop import Decoded, Strategy, decode
 from jaxformer.decoding.speculative import lookup, speculate
-from jaxformer.method import OPTIONAL, Method, Numbers, bad_ids, processors_of
+from jaxformer.method import Method, Numbers, method_of, numbers_of, processors_of, truncations
 from jaxformer.nn.cache import Cache, follow, init_cache, keep, share_prompt
 from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
@@ -70,42 +70,9 @@ def decode_batch(
     taken = np.ones_like(lengths) if config.n_encoder_layers else lengths
     room = config.max_length - taken
     limit = np.minimum(room, options.max_length) if options.max_length else room
-    method = Method(
-        options.sampling,
-        min(options.contrastive, config.vocab_size) or options.width,
-        min(power_of_two(int(limit.max()), 16), config.max_length),
-        options.length_norm,
-        tokenizer.start_id,
-        tokenizer.stop_ids,
-        tokenizer.pad_id,
-        options.suppress,
-        options.suppress_first,
-        options.forced_first,
-        options.forced_last,
-        options.beams,
-        options.groups,
-        options.contrastive > 0,
-        options.lookup,
-        options.early_stopping,
-        options.no_repeat_ngram,
-        options.encoder_no_repeat_ngram,
-        bad_ids(options, tokenizer),
-        tuple(i for i, _ in options.logit_bias),
-        tuple(name for name in OPTIONAL if getattr(options, name) != getattr(DecodeConfig, name)),
-    )
-    numbers = Numbers(  # an int where a float belongs would compile anew
-        float(options.temperature),
-        options.top_k,
-        float(options.top_p),
-        float(options.min_p),
-        float(options.length_penalty),
-        options.min_length,
-        float(options.diversity),
-        float(options.penalty_alpha),
-        **{name: float(getattr(options, name)) for name in OPTIONAL},
-        length_decay_start=options.length_decay_start,
-        bias=tuple(float(bias) for _, bias in options.logit_bias),
-    )
+    length = min(power_of_two(int(limit.max()), 16), config.max_length)
+    method = method_of(config, tokenizer, options, length)
+    numbers = numbers_of(options)
     table = None
     if wanted := constraints(options):
         table = compile_table(
@@ -121,18 +88,7 @@ def decode_batch(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode_over(
-    mesh: Mesh,
-    config: ModelConfig,
-    method: Method,
-    params: Any,
-    prompt: Tokens,
-    limit: Int[Array, " B"],
-    numbers: Numbers,
-    seed: Int[Array, ""],
-    row_ids: Int[Array, " B"],
-    table: Table | None,
-) -> Decoded:
+def _decode_over(mesh: Mesh, config: ModelConfig, method: Method, *arguments: Any) -> Decoded:
     """`_decode` with the rows cut over devices that each hold the model, and never talk."""
     rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     return jax.shard_map(
@@ -141,7 +97,7 @@ def _decode_over(
         in_specs=(whole, rows, rows, whole, whole, rows, whole),
         out_specs=rows,
         check_vma=False,
-    )(params, prompt, limit, numbers, seed, row_ids, table)
+    )(*arguments)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -211,16 +167,7 @@ def _decode(
     if table is not None:  # a forced end takes the last place
         parts.append(constrained(table, limit - (method.forced_last >= 0)))
     if method.sampling:
-        parts += [
-            processors.temperature(numbers.temperature),
-            processors.top_k(numbers.top_k),
-            processors.top_p(numbers.top_p),
-            processors.min_p(numbers.min_p),
-        ]
-        truncations = (processors.typical, processors.epsilon, processors.eta)
-        for name, made in zip(("typical_p", "epsilon", "eta"), truncations, strict=True):
-            if name in method.on:
-                parts.append(made(getattr(numbers, name)))
+        parts += truncations(method, numbers)
     now = jnp.broadcast_to(last[:, None], (rows, width, last.shape[-1]))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(row_ids)
     return loop(

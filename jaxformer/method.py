@@ -63,6 +63,48 @@ class Numbers(NamedTuple):
 OPTIONAL = ("typical_p", "epsilon", "eta", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "length_decay")  # fmt: skip
 """Numbers that are compiled for only where they have an effect."""
+DEFAULT = DecodeConfig()
+
+
+def method_of(
+    config: ModelConfig, tokenizer: Tokenizer, options: DecodeConfig, length: int
+) -> Method:
+    """What `options` are compiled for, at most `length` tokens at a time."""
+    return Method(
+        sampling=options.sampling,
+        width=min(options.contrastive, config.vocab_size) or options.width,
+        length=length,
+        norm=options.length_norm,
+        start_id=tokenizer.start_id,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        suppress=options.suppress,
+        suppress_first=options.suppress_first,
+        forced_first=options.forced_first,
+        forced_last=options.forced_last,
+        beams=options.beams,
+        groups=options.groups,
+        contrastive=options.contrastive > 0,
+        lookup=options.lookup,
+        early_stopping=options.early_stopping,
+        no_repeat_ngram=options.no_repeat_ngram,
+        encoder_no_repeat_ngram=options.encoder_no_repeat_ngram,
+        bad_ids=bad_ids(options, tokenizer),
+        biased=tuple(i for i, _ in options.logit_bias),
+        on=tuple(name for name in OPTIONAL if getattr(options, name) != getattr(DEFAULT, name)),
+    )
+
+
+def numbers_of(options: DecodeConfig) -> Numbers:
+    """The numbers among `options`: an int where a float belongs would compile anew."""
+    floats = ("temperature", "top_p", "min_p", "length_penalty", "diversity", "penalty_alpha")
+    return Numbers(
+        **{name: float(getattr(options, name)) for name in (*floats, *OPTIONAL)},
+        top_k=options.top_k,
+        min_length=options.min_length,
+        length_decay_start=options.length_decay_start,
+        bias=tuple(float(bias) for _, bias in options.logit_bias),
+    )
 
 
 def bad_ids(options: DecodeConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -107,6 +149,22 @@ def processors_of(
     if method.suppress_first:  # the first that is free
         parts.append(processors.ban_at(mask(method.suppress_first), int(first >= 0)))
     return parts
+
+
+def truncations(method: Method, numbers: Numbers) -> list[processors.Processor]:
+    """What samples are drawn from."""
+    optional = {
+        "typical_p": processors.typical,
+        "epsilon": processors.epsilon,
+        "eta": processors.eta,
+    }
+    return [
+        processors.temperature(numbers.temperature),
+        processors.top_k(numbers.top_k),
+        processors.top_p(numbers.top_p),
+        processors.min_p(numbers.min_p),
+        *(make(getattr(numbers, name)) for name, make in optional.items() if name in method.on),
+    ]
 
 
 def _penalties(

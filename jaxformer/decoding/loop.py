@@ -119,12 +119,9 @@ def decode(
     A row stops at its own `limit`, and draws only from its own key, so that its samples do not
     depend on its batch. All rows are checked for their end once in `chunk` steps.
     """
-    rows, vocabulary = logits.shape
-    width = strategy.width
     chunk = -(-length // -(-length // chunk))  # as few steps past the end as this many chunks allow
     columns = -(-length // chunk) * chunk
     limit = jnp.minimum(limit, length).astype(jnp.int32)
-    tokens = jnp.full((rows, width, columns), pad_id, jnp.int32)
 
     def body(state: DecodeState, _) -> tuple[DecodeState, None]:
         choice = strategy.choose(state, processor.apply(state.logits, state.processor))
@@ -151,7 +148,31 @@ def decode(
             strategy=choice.state,
         ), None
 
-    state = DecodeState(
+    state = begin(logits, cache, strategy, processor, columns, limit, eos_ids, pad_id, keys)
+    state = jax.lax.while_loop(
+        lambda state: ~state.done.all(),
+        lambda state: jax.lax.scan(body, state, length=chunk)[0],
+        state,
+    )
+    decoded = strategy.finish(state)
+    return decoded._replace(tokens=decoded.tokens[..., :length])
+
+
+def begin(
+    logits: Float[Array, "B V"],
+    cache: Any,
+    strategy: Strategy,
+    processor: Processor,
+    columns: int,
+    limit: Int[Array, " B"],
+    eos_ids: Sequence[int] | Int[Array, " E"],
+    pad_id: int | Int[Array, ""],
+    keys: Key[Array, " B"],
+) -> DecodeState:
+    """The state before the first of at most `columns` tokens."""
+    (rows, vocabulary), width = logits.shape, strategy.width
+    tokens = jnp.full((rows, width, columns), pad_id, jnp.int32)
+    return DecodeState(
         t=jnp.int32(0),
         tokens=tokens,
         logits=jnp.broadcast_to(logits[:, None], (rows, width, vocabulary)).astype(jnp.float32),
@@ -166,13 +187,6 @@ def decode(
         eos_ids=jnp.asarray(eos_ids, jnp.int32),
         keys=keys,
     )
-    state = jax.lax.while_loop(
-        lambda state: ~state.done.all(),
-        lambda state: jax.lax.scan(body, state, length=chunk)[0],
-        state,
-    )
-    decoded = strategy.finish(state)
-    return decoded._replace(tokens=decoded.tokens[..., :length])
 
 
 def gather(tree: Any, parent: Int[Array, "B W"] | None) -> Any:

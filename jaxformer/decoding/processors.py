@@ -208,20 +208,6 @@ def forced(token: int, at: int | Int[Array, " B"], others: Processor) -> Process
     )
 
 
-def automaton(following: Int[Array, "S V"]) -> Processor:
-    """Accept only what a finite automaton accepts: `following[state, token]`, -1 if forbidden.
-
-    Decoding starts in state 0.
-    """
-
-    # A finished hypothesis is fed padding, which may lead to -1; nothing reads its state again.
-    return Processor(
-        lambda b, w: jnp.zeros((b, w), jnp.int32),
-        lambda logits, state: jnp.where(following[state] >= 0, logits, -jnp.inf),
-        lambda state, token: following[state, token].astype(jnp.int32),
-    )
-
-
 def _entropy(logits: Float[Array, "B W V"]) -> Float[Array, "B W"]:
     log_prob = jax.nn.log_softmax(logits, -1)
     return -jnp.where(logits > -jnp.inf, jnp.exp(log_prob) * log_prob, 0.0).sum(-1)

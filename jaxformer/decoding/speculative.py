@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from jaxformer.decoding.loop import Decoded, DecodeState, Finish, Strategy
+from jaxformer.decoding.loop import Decoded, DecodeState, Finish, Strategy, begin
 from jaxformer.decoding.processors import Processor
 
 
@@ -40,9 +40,7 @@ def speculate(
     the model's own noise, to accept a guess that equals the draw is the exact test of Leviathan et
     al. (2023) for guesses that are certain.
     """
-    rows = logits.shape[0]
     limit = jnp.minimum(limit, length).astype(jnp.int32)
-    tokens = jnp.full((rows, 1, length), pad_id, jnp.int32)
 
     def choose(state: DecodeState):
         return strategy.choose(state, processor.apply(state.logits, state.processor))
@@ -85,21 +83,7 @@ def speculate(
         (state, _, _), _ = jax.lax.scan(emit, (state, choice, jnp.ones_like(state.done)), each)
         return state._replace(t=state.t + 1, cache=keep(cache, (state.length - count)[:, 0]))
 
-    state = DecodeState(
-        t=jnp.int32(0),
-        tokens=tokens,
-        logits=logits[:, None].astype(jnp.float32),
-        log_prob=jnp.zeros((rows, 1), jnp.float32),
-        length=jnp.zeros((rows, 1), jnp.int32),
-        finish=jnp.full((rows, 1), Finish.LIMIT, jnp.int32),
-        done=limit[:, None] <= 0,
-        cache=cache,
-        processor=processor.init(rows, 1),
-        strategy=strategy.init(tokens, limit),
-        limit=limit,
-        eos_ids=jnp.asarray(eos_ids, jnp.int32),
-        keys=keys,
-    )
+    state = begin(logits, cache, strategy, processor, length, limit, eos_ids, pad_id, keys)
     return strategy.finish(jax.lax.while_loop(lambda state: ~state.done.all(), body, state))
 
 

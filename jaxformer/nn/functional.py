@@ -122,12 +122,21 @@ def attend(
     k = key.shape[2]
     q = query.reshape(b, t, k, n // k, h)
     logits = jnp.einsum("btkgh,bskh->bkgts", q, key, preferred_element_type=jnp.float32)
+    weights = drop(_weights(logits, mask, bias, cap).astype(value.dtype))
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+
+
+def _weights(
+    logits: Float[Array, "B K G T S"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B N T S"] | None,
+    cap: float,
+) -> Float[Array, "B K G T S"]:
+    """How much each query attends to each key."""
     logits = softcap(logits, cap)
     if bias is not None:
-        logits = logits + bias.reshape(bias.shape[0], k, n // k, *bias.shape[2:])
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
-    weights = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+        logits = logits + bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[2:])
+    return jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
 
 
 def attend_cached(
@@ -153,12 +162,8 @@ def attend_cached(
         logits = jnp.einsum(
             "bkgth,bkhs->bkgts", q, key[..., :size], preferred_element_type=jnp.float32
         )
-        logits = softcap(logits, cap)
-        if bias is not None:
-            near = bias[..., :size]
-            logits = logits + near.reshape(near.shape[0], k, n // k, *near.shape[2:])
-        logits = jnp.where(mask[:, None, None, :, :size], logits, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+        near = None if bias is None else bias[..., :size]
+        weights = _weights(logits, mask[..., :size], near, cap).astype(value.dtype)
         return jnp.einsum("bkgts,bksh->bkgth", weights, value[:, :, :size])
 
     sizes = [slots]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_decoder import EOS, PAD, hypotheses, run, toy
+from toy_decoder import EOS, PAD, automaton, hypotheses, run, toy
 
 from jaxformer.decoding.contrastive import contrastive
 from jaxformer.decoding.loop import Finish
-from jaxformer.decoding.processors import automaton, ban, chain
+from jaxformer.decoding.processors import ban, chain
 
 seeds = st.integers(0, 2**32 - 1)
 PROMPT = 3

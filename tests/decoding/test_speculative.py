@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_decoder import EOS, PAD, hypotheses, run, strategy_named, toy
+from toy_decoder import EOS, PAD, automaton, hypotheses, run, strategy_named, toy
 
-from jaxformer.decoding.processors import automaton, ban, chain, min_length
+from jaxformer.decoding.processors import ban, chain, min_length
 from jaxformer.decoding.speculative import lookup, speculate
 
 seeds = st.integers(0, 2**32 - 1)

@@ -10,10 +10,24 @@ import numpy as np
 
 from jaxformer.decoding import strategies
 from jaxformer.decoding.loop import Decoded, decode
-from jaxformer.decoding.processors import automaton, ban, chain, min_length
+from jaxformer.decoding.processors import Processor, ban, chain, min_length
 
 PAD, EOS = 3, 1
 LENGTH = 7
+
+
+def automaton(following: jax.Array) -> Processor:
+    """Accept only what a finite automaton accepts: `following[state, token]`, -1 if forbidden.
+
+    Decoding starts in state 0.
+    """
+
+    # A finished hypothesis is fed padding, which may lead to -1; nothing reads its state again.
+    return Processor(
+        lambda b, w: jnp.zeros((b, w), jnp.int32),
+        lambda logits, state: jnp.where(following[state] >= 0, logits, -jnp.inf),
+        lambda state, token: following[state, token].astype(jnp.int32),
+    )
 
 
 class Toy(NamedTuple):
