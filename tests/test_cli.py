@@ -77,6 +77,7 @@ def test_one_line_for_each_line_in_order(command: Any):
     assert command("generate", *RUN, given=b"") == (0, "", "")
 
 
+@pytest.mark.slow
 def test_chunks_neither_change_samples_nor_order(command: Any, monkeypatch: pytest.MonkeyPatch):
     given, options = b"\n".join(TEXTS), ("--samples", "2", "--max_length", "8", "--json")
     whole = command("generate", *RUN, *options, given=given)

@@ -232,9 +232,8 @@ def test_numbers_of_other_strategies_compile_nothing_anew():
     assert compiled() == before
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("encoder-decoder", marks=pytest.mark.slow), "decoder-only"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
 def test_contrastive_search_is_that_of_the_paper(kind: str):
     """Every candidate through the whole model, without a cache."""
     lively = model(kind, eos=-2.0)
@@ -284,9 +283,8 @@ def test_one_candidate_is_greedy_and_more_than_the_vocabulary_are_all():
     assert_same(lively.hypotheses(TEXTS, every), lively.hypotheses(TEXTS, more))
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("encoder-decoder", marks=pytest.mark.slow), "decoder-only"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
 def test_looking_up_changes_nothing_but_the_passes(kind: str):
     lively = model(kind, eos=-2.0)
     drawn = DecodeConfig(temperature=0.7, seed=3, forced_last=LETTERS.eos_id)

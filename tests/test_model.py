@@ -75,6 +75,7 @@ def test_embeddings_are_of_each_text_alone(pooling: str, normalised: bool):
     assert len(np.unique(found.round(5), axis=0)) == len(TEXTS)  # they do differ
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(order=st.permutations(range(len(TEXTS))), batch_size=st.sampled_from([1, 64]))
 def test_neither_batch_nor_order_matters(order: list[int], batch_size: int):

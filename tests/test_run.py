@@ -362,6 +362,7 @@ def test_the_latest_and_the_best_are_kept(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
+@pytest.mark.slow
 def test_a_failed_save_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Not at the next save, which may be hours away."""
     failed, seen = threading.Event(), []

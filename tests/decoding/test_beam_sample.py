@@ -16,6 +16,8 @@ from jaxformer.decoding.loop import Finish
 from jaxformer.decoding.processors import ban, chain, temperature, top_k
 from jaxformer.decoding.strategies import beam
 
+pytestmark = pytest.mark.slow  # many random models, against a plain reference
+
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -152,7 +154,6 @@ def test_drawing_everything_is_beam_search():
     assert_equal(draw(model, 27, limit=2), run(model, "beam", 27, limit=2))
 
 
-@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch_nor_on_the_chunk():
     model, limit = toy(5, rows=4), np.array([7, 2, 5, 0])
     keys = jax.random.split(jax.random.key(1), 4)

@@ -14,6 +14,8 @@ from jaxformer.decoding.contrastive import contrastive
 from jaxformer.decoding.loop import Finish
 from jaxformer.decoding.processors import ban, chain
 
+pytestmark = pytest.mark.slow  # many random models, against a plain reference
+
 seeds = st.integers(0, 2**32 - 1)
 PROMPT = 3
 NOTHING = np.zeros(5, bool)

@@ -15,6 +15,8 @@ from jaxformer.decoding.loop import Finish
 from jaxformer.decoding.processors import ban
 from jaxformer.decoding.strategies import beam
 
+pytestmark = pytest.mark.slow  # many random models, against a plain reference
+
 seeds = st.integers(0, 2**32 - 1)
 alphas = st.sampled_from([-0.5, 0.0, 0.6, 3.0])
 
@@ -102,7 +104,6 @@ def test_what_the_paper_finds(groups, size, seed, alpha, eos, diversity):
             np.testing.assert_allclose(log_prob, model.log_prob(row, tokens), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_groups_differ_more_with_more_diversity():
     """Among groups of one, a great enough loss lets no two tokens of a step agree."""
     decoded = diversely(toy(3, eos=-20.0), 4, 1, diversity=50.0)
@@ -113,7 +114,6 @@ def test_groups_differ_more_with_more_diversity():
     assert (alike.tokens == alike.tokens[:, :1]).all()
 
 
-@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch_nor_on_the_chunk():
     model, limit = toy(5, rows=4), np.array([7, 2, 5, 0])
     together = diversely(model, 2, 2, limit=limit)

@@ -88,6 +88,7 @@ def test_presence_and_frequency_count_what_was_generated(history, steps, seed, o
     check(presence_frequency(once, each, V), reference, history, steps, seed)
 
 
+@pytest.mark.slow
 @given(histories, generated, seeds, st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_no_ngram_twice(history, steps, seed, n):
@@ -97,6 +98,7 @@ def test_no_ngram_twice(history, steps, seed, n):
     check(no_repeat_ngram(n, padded(history), LENGTH), reference, history, steps, seed)
 
 
+@pytest.mark.slow
 @given(histories, histories, generated, seeds, st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_no_ngram_of_the_source(sources, history, steps, seed, n):
@@ -107,6 +109,7 @@ def test_no_ngram_of_the_source(sources, history, steps, seed, n):
     check(processor, reference, history, steps, seed)
 
 
+@pytest.mark.slow
 @given(
     histories, generated, seeds, st.lists(st.lists(ids, min_size=1, max_size=3), min_size=1,
     max_size=5),

@@ -100,7 +100,7 @@ def test_compiled_equals_eager():
     "dtypes",
     [
         ("float32", "float32"),
-        ("float32", "bfloat16"),
+        pytest.param(("float32", "bfloat16"), marks=pytest.mark.slow),
         pytest.param(("bfloat16", "bfloat16"), marks=pytest.mark.slow),
     ],
     ids=str,
