@@ -70,11 +70,15 @@ assert "all-reduce" in compiled.as_text()
 """
 
 DECODE = """
-from jaxformer.generate import Method, Numbers, _decode
+from types import SimpleNamespace
+from jaxformer.config import DecodeConfig
+from jaxformer.generate import _decode
+from jaxformer.method import method_of, numbers_of
 from jaxformer.nn.transformer import unstack
 side = Tokens(*[array(4, 16)] * 3)
-method = Method(WAY, 4, 16, "wu", 1, (2,), 0, suppress=(3,), forced_first=4, forced_last=2)
-numbers = Numbers(1.0, 0, 0.9, 0.0, 0.6)
+options = DecodeConfig(WAY, suppress=(3,), forced_first=4, forced_last=2)
+ids = SimpleNamespace(start_id=1, stop_ids=(2,), pad_id=0)
+method, numbers = method_of(model, ids, options, 16), numbers_of(options)
 one = array(dtype="int32", sharding=sharding.replicated(mesh))
 decode = jax.jit(lambda params, *rest: _decode(model, method, unstack(params), *rest))
 compiled = compile(decode, state.params, side, array(4), numbers, one, array(4))
@@ -86,7 +90,7 @@ assert "while" in compiled.as_text()
 
 @pytest.mark.parametrize(
     "program",
-    [TRAIN, DECODE.replace("WAY", "False"), DECODE.replace("WAY", "True")],
+    [TRAIN, DECODE.replace("WAY", "beams=4"), DECODE.replace("WAY", "samples=4, top_p=0.9")],
     ids=["train", "beam", "sample"],
 )
 def test_compiles_for_a_tpu(program):
