@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxformer import sharding, shards
-from jaxformer.batching import in_buckets
 from jaxformer.config import BulkConfig, DecodeConfig, DType, MeshConfig, to_json
 from jaxformer.data import records
 from jaxformer.data.records import Layout, Record, Survey
@@ -43,11 +42,13 @@ def generate(
     dtype: DType | None = None,
     chat: bool = False,
     hypotheses: bool = False,
+    draft: str = "",
 ) -> None:
     """Write what the model of `run` generates from `bulk.input` to the folder `bulk.output`, or go
     on with it where it stopped, on all devices of this process.
 
-    `hypotheses` writes all n_best with their scores. `step` and `dtype` are those of `load`. Raises
+    `hypotheses` writes all n_best with their scores; the model of `draft` guesses ahead. `step` and
+    `dtype` are those of `load`. Raises
     `DataError` for the input, and `CheckpointError` if the folder is of another job.
     """
     if bulk.distributed:
@@ -66,6 +67,7 @@ def generate(
         devices = jax.local_devices()
         mesh = sharding.make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
         model = load(run, step, dtype=dtype, mesh=mesh)
+        small = load(draft, dtype=dtype, mesh=mesh) if draft else None
         plan = {"checkpoint": fingerprint(model), **plan}
         shards.check_same(output, plan)
         shards.claim(output, plan, index)
@@ -88,7 +90,7 @@ def generate(
             rows = records.read(layout, found, n)
             kept = [r for r in rows if not (r.error and bulk.on_bad_record == "skip")]
             skipped += len(rows) - len(kept)
-            fields = _generate(model, kept, bulk, decode, chat, hypotheses, progress.advance)
+            fields = _generate(model, kept, bulk, decode, chat, hypotheses, progress.advance, small)
             wrong += sum(f"{name}_error" in each for each in fields)
             progress.advance(len(rows) - len(kept), 0)
             with writing(output), replacing(paths[n]) as file:
@@ -148,6 +150,7 @@ def _generate(
     chat: bool,
     hypotheses: bool,
     advance: Callable[[int, int], None],
+    draft: Model | None = None,
 ) -> list[dict[str, Any]]:
     """The fields to be added to each record; `advance` is told of rows and tokens."""
     name = bulk.output_field
@@ -161,23 +164,23 @@ def _generate(
             pieces += [Piece(i, ids) for ids in mine]
             if note:
                 fields[i][f"{name}_note"] = note
-    results: list[Generated] = [Generated(())] * len(pieces)
     left = [0] * len(rows)
     for piece in pieces:
         left[piece.record] += 1
     advance(left.count(0), 0)
-    size = decode.batch_size * model.copies
-    for batch, _ in in_buckets([len(piece.ids) for piece in pieces], size):
-        chosen = [pieces[at] for at in batch]
-        keys = [rows[piece.record].row for piece in chosen]
-        found = model.complete([piece.ids for piece in chosen], decode, row_ids=keys)
+
+    def count(found: dict[int, Generated]) -> None:
         finished = tokens = 0
-        for at, piece, result in zip(batch, chosen, found, strict=True):
-            results[at] = result
-            left[piece.record] -= 1
-            finished += left[piece.record] == 0
+        for at, result in found.items():
+            record = pieces[at].record
+            left[record] -= 1
+            finished += left[record] == 0
             tokens += sum(len(h.ids) for h in result.hypotheses)
         advance(finished, tokens)
+
+    keys = [rows[piece.record].row for piece in pieces]
+    prompts = [piece.ids for piece in pieces]
+    results = model.complete(prompts, decode, row_ids=keys, draft=draft, advance=count)
     parts: list[list[Generated]] = [[] for _ in rows]
     for piece, result in zip(pieces, results, strict=True):
         parts[piece.record].append(result)

@@ -78,6 +78,11 @@ class Generate:
     """Take each line as what a user says, and answer it by the checkpoint's chat template."""
     json: bool = False
     """Write JSON: the text, and all n_best hypotheses with their scores; or an error."""
+    stream: bool = False
+    """Write the text of each line piece by piece, as it comes."""
+    draft: str = ""
+    """A smaller model of the same tokenizer (as run) that guesses tokens ahead: the same output,
+    sooner."""
     bulk: tyro.conf.OmitArgPrefixes[BulkConfig] = BulkConfig()
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
 
@@ -206,6 +211,8 @@ def train(argv: list[str]) -> None:
 def generate(argv: list[str]) -> None:
     """`jaxformer generate`."""
     options = _with_run_defaults(Generate, argv)
+    if options.stream and (options.json or options.draft or options.bulk.output):
+        raise ConfigError("stream writes text as it comes; leave out json, draft and output.")
     step, dtype = options.step or None, options.dtype or None
     if options.bulk.output:
         from jaxformer import bulk
@@ -218,6 +225,7 @@ def generate(argv: list[str]) -> None:
             dtype=dtype,
             chat=options.chat,
             hypotheses=options.json,
+            draft=options.draft,
         )
         return
     with _opened(options.bulk.input) as stream:
@@ -229,13 +237,21 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
     from jaxformer.loading import load
     from jaxformer.training.report import json_line, printable
 
-    model = load(options.run, options.step or None, dtype=options.dtype or None)
-    for first, lines in _chunks(stream, options.bulk.input or "standard input"):
+    dtype = options.dtype or None
+    model = load(options.run, options.step or None, dtype=dtype)
+    draft = load(options.draft, dtype=dtype) if options.draft else None
+    at_once = 1 if options.stream else AT_ONCE
+    for first, lines in _chunks(stream, options.bulk.input or "standard input", at_once):
         if options.chat:
             prompts = [model.tokenizer.chat([{"role": "user", "content": s}]) for s in lines]
-            results = model.complete(prompts, options.decode, first_row=first)
         else:
-            results = model.hypotheses(lines, options.decode, first_row=first)
+            prompts = list(map(model.prompt, lines))
+        if options.stream and not model.too_long(prompts[0]):
+            for piece in model.stream(prompts[0], options.decode, row=first):
+                print(printable(piece), end="", flush=True)
+            print(flush=True)
+            continue
+        results = model.complete(prompts, options.decode, first_row=first, draft=draft)
         for i, result in enumerate(results):
             best = result.hypotheses[0].text if result.hypotheses else ""
             if options.json:
@@ -412,8 +428,10 @@ def _opened(path: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:
         raise DataError(f"cannot read {path}: {e.strerror}.") from None
 
 
-def _chunks(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of the first line, from 0, and the lines, a few thousand at a time."""
+def _chunks(
+    stream: Iterable[bytes], name: str, at_once: int = AT_ONCE
+) -> Iterator[tuple[int, list[str]]]:
+    """The number of the first line, from 0, and the lines, at most `at_once` at a time."""
     first, lines = 0, []
     for number, line in enumerate(stream):
         try:
@@ -423,7 +441,7 @@ def _chunks(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, list[str]
                 f"{name}, line {number + 1}: not UTF-8 ({e.reason} at byte {e.start}); "
                 "convert it, for example with iconv."
             ) from None
-        if len(lines) == AT_ONCE:
+        if len(lines) == at_once:
             yield first, lines
             first, lines = number + 1, []
     if lines:

@@ -524,6 +524,8 @@ class DecodeConfig:
     """Tokens guessed at a time from what the text or its source said before, which the model checks
     in one pass; 0 is off. The output is that of greedy, or of one sample, and comes sooner where
     texts repeat (Leviathan et al. 2023)."""
+    guesses: int = 4
+    """Tokens that a draft model, if there is one, guesses at a time, with the same output."""
     length_penalty: float = 0.6
     """Exponent alpha of the length normalisation of beams; 0 is none."""
     length_norm: Literal["wu", "plain"] = "wu"
@@ -567,6 +569,8 @@ class DecodeConfig:
     json_schema: str = ""
     """JSON Schema of what every text is (on the command line also @FILE): objects have their
     properties in this order and no others."""
+    stop: tuple[str, ...] = ()
+    """Texts at which generation ends; each is cut off, with what its last token has after it."""
     token_log_probs: bool = False
     """Tell the log-probability of each token of the hypotheses, by one more pass over them."""
     alternatives: int = 0
@@ -575,9 +579,14 @@ class DecodeConfig:
     """Seed of the samples; row i draws from fold_in(seed, i), however rows are batched."""
     batch_size: int = 64
     """Most texts decoded at once, on each device."""
+    prefill: int = 512
+    """Most tokens of a prompt that a decoder-only model reads at once; a longer one is read in
+    pieces, which take less memory."""
 
     def __post_init__(self) -> None:
         in_range(self, "batch_size", 1)
+        in_range(self, "prefill", 1)
+        in_range(self, "guesses", 1, MOST_GUESSES)
         for name in ("beams", "groups", "n_best"):
             in_range(self, name, 1, MOST_HYPOTHESES)
         for name in ("samples", "contrastive", "alternatives"):
@@ -615,6 +624,7 @@ class DecodeConfig:
             all(all(p.replace(r"\|", "_").split("|")) for p in self.include),
             "include has an empty phrase or alternative, which every text has in it; leave it out.",
         )
+        require(all(self.stop), "stop has an empty text, which stands everywhere; leave it out.")
         require(
             not (self.regex and self.json_schema),
             "regex and json_schema are each the whole text; give one.",

@@ -1,4 +1,5 @@
-"""Constraints on generated texts, compiled on the host to a table over the tokens in hand.
+"""Constraints on generated texts, and the texts they stop at, compiled on the host to a table over
+the tokens in hand.
 
 All constraints together make one automaton over bytes, and a token takes it as many steps as it
 has bytes. Tokens that do the same in every state share a column, so that the table stays small.
@@ -31,6 +32,10 @@ MAX_WORK = 2**28
 MAX_FILE = 64 * 2**20
 START, BEGUN, END, OWN = 0, 1, 2, 3
 """Rows of a table: nothing is written, nothing but a forced first token, the end, the states."""
+
+
+Columns = tuple[int, Int[np.ndarray, "S C"], dict[int, int], np.ndarray]
+"""Rows, the state after each kind of token, the kind of each token, which rows may end."""
 
 
 class Constraints(NamedTuple):
@@ -110,6 +115,29 @@ def compile_table(
         ends[START] = False
         of_token[forced_first] = columns.shape[1] - 1
 
+    table = _table((states, columns, of_token, ends), tokenizer, vocabulary, suppress)
+    if table.need[START] == NEVER:
+        raise ConfigError(
+            "no text that this tokenizer can write satisfies the constraints (include, prefix, "
+            "allowed, regex, json_schema) together; loosen one."
+        )
+    return table
+
+
+@lru_cache(16)
+def compile_stops(stops: tuple[str, ...], tokenizer: Tokenizer, vocabulary: int) -> Table:
+    """The table of texts in which one of `stops` stands, for a model of `vocabulary` ids.
+
+    Raises `ConfigError` if it would be too large.
+    """
+    return _table(_over_tokens(includes_any(stops), tokenizer), tokenizer, vocabulary)
+
+
+def _table(
+    automaton: Columns, tokenizer: Tokenizer, vocabulary: int, suppress: tuple[int, ...] = ()
+) -> Table:
+    """The automaton as it is compiled for: of padded size, and with how far each state's end is."""
+    states, columns, of_token, ends = automaton
     # Column 0 is of tokens that are never allowed, 1 of those that end a text.
     class_of = np.zeros(vocabulary, np.int32)
     for token, column in of_token.items():
@@ -119,13 +147,7 @@ def compile_table(
     class_of[[i for i in suppress if i < vocabulary]] = 0
     end = np.where(ends, END, -1)
     following = np.column_stack([np.full(states, -1), end, columns]).astype(np.int32)
-    used = np.unique(class_of)
-    need = tokens_needed(following[:, used], ends)
-    if need[START] == NEVER:
-        raise ConfigError(
-            "no text that this tokenizer can write satisfies the constraints (include, prefix, "
-            "allowed, regex, json_schema) together; loosen one."
-        )
+    need = tokens_needed(following[:, np.unique(class_of)], ends)
     rows, width = (power_of_two(n, 64) for n in following.shape)
     padding = (0, rows - len(need)), (0, width - following.shape[1])
     return Table(
@@ -142,10 +164,6 @@ def alternatives(phrase: str) -> list[str]:
     ['colour', 'color', 'a|b']
     """
     return [part.replace("\0", "|") for part in phrase.replace(r"\|", "\0").split("|")]
-
-
-Columns = tuple[int, Int[np.ndarray, "S C"], dict[int, int], np.ndarray]
-"""Rows, the state after each kind of token, the kind of each token, which rows may end."""
 
 
 def _over_tokens(automaton: Automaton, tokenizer: Tokenizer) -> Columns:

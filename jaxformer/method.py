@@ -28,7 +28,12 @@ class Method(NamedTuple):
     beams: int = 1
     groups: int = 1
     contrastive: bool = False
-    lookup: int = 0
+    guesses: int = 0
+    """Tokens guessed ahead at a time."""
+    prefill: int = 512
+    """Tokens of a prompt that are read at a time, at most."""
+    shared: int = 0
+    """Tokens that all prompts begin with alike, and that are read once."""
     early_stopping: Any = "exact"
     no_repeat_ngram: int = 0
     encoder_no_repeat_ngram: int = 0
@@ -85,7 +90,8 @@ def method_of(
         beams=options.beams,
         groups=options.groups,
         contrastive=options.contrastive > 0,
-        lookup=options.lookup,
+        guesses=options.lookup,
+        prefill=options.prefill,
         early_stopping=options.early_stopping,
         no_repeat_ngram=options.no_repeat_ngram,
         encoder_no_repeat_ngram=options.encoder_no_repeat_ngram,

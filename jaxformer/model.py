@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, Finish
 from jaxformer.decoding.mbr import expected_chrf
 from jaxformer.errors import ConfigError
-from jaxformer.generate import decode_batch, prepare
+from jaxformer.generate import Small, decode_batch, prepare
+from jaxformer.running import can_refill, decode_rows, stream_batch
 from jaxformer.types import Batch, Tokens
 
 
@@ -41,7 +42,7 @@ class Hypothesis(NamedTuple):
     log_prob: float
     ids: tuple[int, ...]
     finish: str
-    """Why it ended: eos, limit, or dead_end."""
+    """Why it ended: eos, limit, dead_end or stop."""
     token_log_probs: tuple[float, ...] = ()
     """Of each of `ids`, under the model, if `DecodeConfig.token_log_probs` asks for them."""
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
@@ -110,12 +111,62 @@ class Model:
     def _prepared(self) -> Any:
         return prepare(self.params)
 
-    def generate(self, texts: Sequence[str], decode: DecodeConfig | None = None) -> list[str]:
+    def generate(
+        self,
+        texts: Sequence[str],
+        decode: DecodeConfig | None = None,
+        *,
+        draft: "Model | None" = None,
+    ) -> list[str]:
         """The best text generated from each of `texts` (empty, with a warning, where it failed).
 
-        `decode` says how; without it, as the run that trained the model did.
+        `decode` says how; without it, as the run that trained the model did. A smaller model of the
+        same tokenizer may `draft`, which changes no text: see `DecodeConfig.guesses`.
         """
-        return _best(self.hypotheses(texts, decode), "text")
+        return _best(self.hypotheses(texts, decode, draft=draft), "text")
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        decode: DecodeConfig | None = None,
+        *,
+        every: int = 4,
+        row: int = 0,
+    ) -> Iterator[str]:
+        """The text generated from one prompt (or its ids), piece by piece, as it comes.
+
+        The pieces together are what `generate` returns for the text of row `row`; there may be one
+        after each `every` tokens. A character whose bytes are not all there, and what may be the
+        beginning of a stop text, are held back. Raises `ConfigError` for a prompt that is too long,
+        and for ways to decode in which no text is settled before the end.
+        """
+        decode = decode or self.defaults
+        self._require_decoder()
+        ids = self.prompt(prompt) if isinstance(prompt, str) else prompt
+        if problem := self.too_long(ids):
+            raise ConfigError(problem)
+        if decode.width > 1 or decode.contrastive or decode.lookup:
+            raise ConfigError(
+                "a text is streamed as greedy decoding or one sample writes it; leave beams, "
+                "samples, contrastive and lookup as they are."
+            )
+        return self._streamed(ids, decode, every, row)
+
+    def _streamed(
+        self, ids: Sequence[int], decode: DecodeConfig, every: int, row: int
+    ) -> Iterator[str]:
+        length = next(in_buckets([len(ids)], 1))[1]
+        batch = pad([ids], length, self.tokenizer.pad_id)
+        looks = stream_batch(
+            self.config, self._prepared, self.tokenizer, batch, [row], decode, every
+        )
+        told = ""
+        for decoded, done in looks:
+            text = self.tokenizer.decode(decoded.tokens[0, 0, : decoded.length[0, 0]].tolist())
+            text = before_stop(text, decode.stop) if done else settled(text, decode.stop)
+            if text.startswith(told) and text != told:
+                yield text[len(told) :]
+                told = text
 
     def chat(
         self,
@@ -130,13 +181,18 @@ class Model:
         return _best(self.complete(list(map(self.tokenizer.chat, conversations)), decode), "chat")
 
     def hypotheses(
-        self, texts: Sequence[str], decode: DecodeConfig | None = None, first_row: int = 0
+        self,
+        texts: Sequence[str],
+        decode: DecodeConfig | None = None,
+        first_row: int = 0,
+        *,
+        draft: "Model | None" = None,
     ) -> list[Generated]:
         """The `n_best` hypotheses generated from each of `texts`, in their order.
 
         Samples of text i draw from the key of row `first_row` + i, however rows are batched.
         """
-        return self.complete(list(map(self.prompt, texts)), decode, first_row)
+        return self.complete(list(map(self.prompt, texts)), decode, first_row, draft=draft)
 
     def complete(
         self,
@@ -144,31 +200,34 @@ class Model:
         decode: DecodeConfig | None = None,
         first_row: int = 0,
         row_ids: Sequence[int] | None = None,
+        *,
+        draft: "Model | None" = None,
+        advance: Callable[[dict[int, Generated]], None] = lambda found: None,
     ) -> list[Generated]:
         """`hypotheses` for prompts that are ids already: what the encoder reads or, without one,
         what the decoder is to continue, as `tokenizer.prompt` and `tokenizer.chat` give it.
 
         `row_ids` are the rows whose keys they draw from, if those do not follow `first_row`.
+        `advance` is told of results, by the number of their prompt, as they come.
         """
         decode = decode or self.defaults
-        if self.config.n_decoder_layers == 0:
-            raise ConfigError(
-                "an encoder-only model generates no text; use embed, fill or logits, or a model "
-                "with n_decoder_layers over 0."
-            )
+        self._require_decoder()
+        small = None if draft is None else self._smaller(draft, decode)
         results = [Generated((), self.too_long(ids)) for ids in prompts]
         fits = [i for i, result in enumerate(results) if not result.error]
         keys = range(first_row, first_row + len(prompts)) if row_ids is None else row_ids
-        parts = self.copies
-        for rows, length in in_buckets([len(prompts[i]) for i in fits], decode.batch_size * parts):
+        advance({i: result for i, result in enumerate(results) if result.error})
+        for rows, length in in_buckets([len(prompts[i]) for i in fits], len(fits)):
             ids = [fits[row] for row in rows]
-            prompt = pad([prompts[i] for i in ids], length, self.tokenizer.pad_id, parts)
-            of_rows = [keys[i] for i in ids]
-            decoded = decode_batch(
-                self.config, self._prepared, self.tokenizer, prompt, of_rows, decode
-            )
-            for row, i in enumerate(ids):
-                results[i] = Generated(self._ranked(decoded, row, decode))
+            mine, of_rows = [prompts[i] for i in ids], [keys[i] for i in ids]
+            for ended, decoded in self._decoded(mine, length, of_rows, decode, small):
+                found = {
+                    ids[row]: Generated(self._ranked(decoded, at, decode))
+                    for at, row in enumerate(ended)
+                }
+                for i, result in found.items():
+                    results[i] = result
+                advance(found)
         if decode.token_log_probs or decode.alternatives:
             return self._with_log_probs(prompts, results, decode.alternatives)
         return results
@@ -301,6 +360,28 @@ class Model:
         mesh = sharding.copies(self.params)
         return 1 if mesh is None else mesh.size
 
+    def _smaller(self, draft: "Model", decode: DecodeConfig) -> Small:
+        """The draft model, as decoding takes it."""
+        if draft.tokenizer.hash != self.tokenizer.hash:
+            raise ConfigError(
+                "the draft model has another tokenizer; a draft must be of the same tokens."
+            )
+        if draft.config.n_decoder_layers == 0 or draft.config.kind != self.config.kind:
+            raise ConfigError(f"the draft model is {draft.config.kind}, not {self.config.kind}.")
+        if decode.width > 1 or decode.contrastive or decode.lookup:
+            raise ConfigError(
+                "a draft model speeds up greedy decoding and one sample; leave beams, samples, "
+                "contrastive and lookup as they are."
+            )
+        return Small(draft.config, draft._prepared)
+
+    def _require_decoder(self) -> None:
+        if self.config.n_decoder_layers == 0:
+            raise ConfigError(
+                "an encoder-only model generates no text; use embed, fill or logits, or a model "
+                "with n_decoder_layers over 0."
+            )
+
     def _require_encoder(self, use: str) -> None:
         if self.config.kind != "encoder-only":
             raise ConfigError(f"{use} is for encoder-only models; this one is {self.config.kind}.")
@@ -340,10 +421,30 @@ class Model:
                 out[row] = each if whole else each[: len(encoded[row])]
         return out
 
+    def _decoded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        keys: Sequence[int],
+        decode: DecodeConfig,
+        small: Small | None,
+    ) -> Iterator[tuple[Sequence[int], Decoded]]:
+        """Numbers of the prompts, all of one bucket of lengths, that ended together, and how."""
+        parts, known = self.copies, (self.config, self._prepared, self.tokenizer)
+        size = decode.batch_size * parts
+        if len(prompts) > 2 * size and parts == 1 and small is None and can_refill(decode):
+            yield from decode_rows(*known, prompts, length, keys, decode)
+            return
+        for first in range(0, len(prompts), size):
+            rows = range(first, min(first + size, len(prompts)))
+            batch = pad([prompts[i] for i in rows], length, self.tokenizer.pad_id, parts)
+            mine = [keys[i] for i in rows]
+            yield rows, decode_batch(*known, batch, mine, decode, small)
+
     def _ranked(self, decoded: Decoded, row: int, decode: DecodeConfig) -> tuple[Hypothesis, ...]:
         """The `n_best` hypotheses of a row; dead ends last."""
         most = decode.samples if decode.mbr else decode.n_best
-        found = [self._hypothesis(decoded, row, n) for n in range(most)]
+        found = [self._hypothesis(decoded, row, n, decode.stop) for n in range(most)]
         if decode.mbr:
             means = expected_chrf([h.text for h in found])
             found = [h._replace(score=mean) for h, mean in zip(found, means, strict=True)]
@@ -397,10 +498,10 @@ class Model:
             for result in results
         ]
 
-    def _hypothesis(self, decoded: Decoded, row: int, n: int) -> Hypothesis:
+    def _hypothesis(self, decoded: Decoded, row: int, n: int, stops: Sequence[str]) -> Hypothesis:
         ids = decoded.tokens[row, n, : decoded.length[row, n]].tolist()
         return Hypothesis(
-            self.tokenizer.decode(ids),
+            before_stop(self.tokenizer.decode(ids), stops),
             float(decoded.score[row, n]),
             float(decoded.log_prob[row, n]),
             tuple(ids),
@@ -414,3 +515,24 @@ def _best(results: Sequence[Generated], of: str) -> list[str]:
         if result.error:
             warnings.warn(f"{of} {i}: {result.error}", stacklevel=3)
     return [r.hypotheses[0].text if r.hypotheses else "" for r in results]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of `stops` in it.
+
+    >>> before_stop("To be. Or not", [". ", " not"])
+    'To be'
+    """
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def settled(text: str, stops: Sequence[str]) -> str:
+    """What of a text stays as it is whatever tokens follow: neither a character whose bytes are not
+    all there, nor the beginning of one of `stops`, at its end.
+
+    >>> settled("To be.", [". "])
+    'To be'
+    """
+    text = before_stop(text, stops).rstrip("\N{REPLACEMENT CHARACTER}")
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return text[: len(text) - max(begun, default=0)]

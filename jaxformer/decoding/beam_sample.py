@@ -16,7 +16,7 @@ def beam_sample(search: Strategy) -> Strategy:
     sequence), and `beam` does the rest. A beam of 1 is one sample.
     """
 
-    def choose(state, logits):
+    def choose(state, logits, ends):
         # The largest of scores under Gumbel noise are a draw without replacement (Kool et al.,
         # 2019). A beam that does not exist scores so low that no noise lifts it.
         live, rows = state.strategy[0], logits.shape[0]
@@ -24,6 +24,7 @@ def beam_sample(search: Strategy) -> Strategy:
         drawn = score + gumbel(state, logits)
         most = min(continuations(search.width, state.eos_ids), drawn[0].size)
         least = top_k(drawn.reshape(rows, -1), most)[0][:, -1]
-        return search.choose(state, jnp.where(drawn >= least[:, None, None], logits, -jnp.inf))
+        drawn = jnp.where(drawn >= least[:, None, None], logits, -jnp.inf)
+        return search.choose(state, drawn, ends)
 
     return search._replace(choose=choose)

@@ -49,3 +49,19 @@ def constrained(table: Table, limit: Int[Array, " B"]) -> Processor:
         apply,
         lambda states, token: (following[states[0], class_of[token]], states[1] + 1),
     )
+
+
+def stopping(table: Table) -> Processor:
+    """End a hypothesis as soon as `table` accepts what it has spelt."""
+    following, class_of, need = map(jnp.asarray, table)
+
+    def ends(state, token):
+        after = following[state.reshape(*state.shape, *(1,) * (token.ndim - 2)), class_of[token]]
+        return (after >= 0) & (need[after] == 0)
+
+    return Processor(
+        lambda b, w: jnp.zeros((b, w), jnp.int32),
+        lambda logits, _: logits,
+        lambda state, token: following[state, class_of[token]],
+        ends,
+    )

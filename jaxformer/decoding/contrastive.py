@@ -16,8 +16,8 @@ def contrastive(
     k: int,
     alpha: float | Float[Array, ""],
     hidden: Callable[[Any], Float[Array, "B W D"]],
-    prompt: Float[Array, "B P D"],
-    there: Bool[Array, "B P"],
+    prompt: Float[Array, "B P D"] | None = None,
+    there: Bool[Array, "B P"] | None = None,
 ) -> Strategy:
     """Of the `k` (at most the vocabulary) likeliest tokens, the one least like the text so far.
 
@@ -26,30 +26,34 @@ def contrastive(
     candidates for its last token: the step that was just run on them is the look-ahead, and no
     token costs a second one. `hidden` finds the last hidden states in the step's cache (before the
     first step, that of the prompt's end); `prompt` are those of the prompt, whose tokens are where
-    `there` is true. One hypothesis is returned for each row. Su et al., 2022.
+    `there` is true, and only the beginning needs them. One hypothesis is returned for each row.
+    Su et al., 2022.
     """
 
     def init(tokens, limit):
+        if prompt is None or there is None:
+            raise ValueError("contrastive search begins with the hidden states of its prompt")
         rows, _, steps = tokens.shape
         # Slot P takes the prompt's end once more, which changes no maximum.
         past = jnp.pad(_direction(prompt), ((0, 0), (0, steps), (0, 0)))
-        return past, jnp.zeros((rows, k), jnp.float32)
+        return past, there, jnp.zeros((rows, k), jnp.float32)
 
     def best(state: DecodeState) -> Array:
         """The chosen candidate of each row, "B 1"."""
-        past, probability = state.strategy
+        past, there, probability = state.strategy
         cosine = jnp.einsum("bwd,bsd->bws", _direction(hidden(state.cache)), past)
-        written = jnp.arange(past.shape[1] - there.shape[1]) < state.t
-        seen = jnp.concatenate([there, jnp.broadcast_to(written, (len(there), len(written)))], 1)
+        written = jnp.arange(past.shape[1] - there.shape[1]) < state.t[:, None]
+        seen = jnp.concatenate([there, written], 1)
         likeness = jnp.where(seen[:, None], cosine, -1.0).max(-1)
         value = (1 - alpha) * probability - alpha * likeness
         return argmax(jnp.where(probability >= 0, value, -jnp.inf))[:, None]
 
-    def choose(state, logits):
-        past, _ = state.strategy
+    def choose(state, logits, ends):
+        past, there, _ = state.strategy
         at = best(state)
         new = _direction(gather(hidden(state.cache), at))
-        past = jax.lax.dynamic_update_slice_in_dim(past, new, prompt.shape[1] + state.t, 1)
+        here = jnp.arange(past.shape[1]) == (there.shape[1] + state.t)[:, None]
+        past = jnp.where(here[..., None], new, past)
 
         processed, raw, log_prob = gather((logits, state.logits, state.log_prob), at)
         values, token = top_k(processed[:, 0], k)
@@ -57,7 +61,7 @@ def contrastive(
         of_token = jnp.take_along_axis(raw[:, 0], token, -1) - jax.nn.logsumexp(raw, -1)
         exists = values > -jnp.inf
         stop = jnp.broadcast_to(~exists[:, :1], token.shape)
-        kept = (past, jnp.where(exists, likely, -1.0))
+        kept = (past, there, jnp.where(exists, likely, -1.0))
         return Choice(jnp.broadcast_to(at, token.shape), token, log_prob + of_token, stop, kept)
 
     def finish(state):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from jaxformer.decoding.loop import Choice, DecodeState, Strategy, gather
 from jaxformer.decoding.strategies import NEG
 
-HYPOTHESES = ("tokens", "logits", "log_prob", "length", "finish", "done")
+HYPOTHESES = ("tokens", "logits", "log_prob", "length", "finish", "done", "processor")
 """What the state holds of each hypothesis and a search reads."""
 
 
@@ -24,19 +24,20 @@ def diverse(search: Strategy, groups: int, diversity: float | Float[Array, ""]) 
 
     def group(state: DecodeState, i: int) -> DecodeState:
         """What the search of group i sees of the state."""
-        own = {name: getattr(state, name)[:, i * size : (i + 1) * size] for name in HYPOTHESES}
+        all_groups = {name: getattr(state, name) for name in HYPOTHESES}
+        own = jax.tree.map(lambda leaf: leaf[:, i * size : (i + 1) * size], all_groups)
         return state._replace(**own, strategy=state.strategy[i])
 
     def init(tokens, limit):
         return tuple(search.init(tokens[:, :size], limit) for _ in range(groups))
 
-    def choose(state, logits):
+    def choose(state, logits, ends):
         rows, _, vocabulary = logits.shape
         taken = jnp.zeros((rows, vocabulary), logits.dtype)
         choices = []
         for i in range(groups):
             own = logits[:, i * size : (i + 1) * size] - diversity * taken[:, None]
-            choice = search.choose(group(state, i), own)
+            choice = search.choose(group(state, i), own, ends)
             lives = (choice.state[0] > NEG).astype(taken.dtype)
             taken = taken.at[jnp.arange(rows)[:, None], choice.token].add(lives)
             choices.append(choice)

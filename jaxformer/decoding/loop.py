@@ -25,6 +25,8 @@ class Finish(IntEnum):
     """It reached its row's limit."""
     DEAD_END = 2
     """Every next token was forbidden, or no further hypothesis exists."""
+    STOP = 3
+    """It spelt a text at which it was to stop."""
 
 
 class Decoded(NamedTuple):
@@ -45,7 +47,8 @@ class Decoded(NamedTuple):
 class DecodeState(NamedTuple):
     """Everything one step changes, for W hypotheses in each row."""
 
-    t: Int[Array, ""]
+    t: Int[Array, " B"]
+    """Tokens that stand before the next one, in each row."""
     tokens: Int[Array, "B W T"]
     logits: Float[Array, "B W V"]
     log_prob: Float[Array, "B W"]
@@ -80,9 +83,13 @@ class Strategy(NamedTuple):
     width: int
     init: Callable[[Array, Array], Any]
     """(tokens "B W T", limit "B") -> the strategy's own state."""
-    choose: Callable[[DecodeState, Array], Choice]
-    """(state, processed logits "B W V") -> choice."""
+    choose: Callable[[DecodeState, Array, "Ends"], Choice]
+    """(state, processed logits "B W V", what ends a hypothesis) -> choice."""
     finish: Callable[[DecodeState], Decoded]
+
+
+Ends = Callable[[Any, Int[Array, "B W ..."]], Bool[Array, "B W ..."]]
+"""(the processor's state, tokens) -> whether each would end its hypothesis."""
 
 
 @runtime_checkable
@@ -94,7 +101,7 @@ class Step(Protocol):
         cache: Any,
         tokens: Int[Array, "B W"],
         parent: Int[Array, "B W"] | None,
-        t: Int[Array, ""],
+        t: Int[Array, " B"],
         /,
     ) -> tuple[Float[Array, "B W V"], Any]: ...
 
@@ -115,47 +122,13 @@ def decode(
 ) -> Decoded:
     """Generate at most `length` (at least 1) tokens after prompts whose last logits are given.
 
-    Any of `eos_ids` ends a hypothesis.
+    Any of `eos_ids` ends a hypothesis, and whatever else the processor says does.
     A row stops at its own `limit`, and draws only from its own key, so that its samples do not
     depend on its batch. All rows are checked for their end once in `chunk` steps.
     """
+    state = begin(logits, cache, strategy, processor, length, limit, eos_ids, pad_id, keys)
     chunk = -(-length // -(-length // chunk))  # as few steps past the end as this many chunks allow
-    columns = -(-length // chunk) * chunk
-    limit = jnp.minimum(limit, length).astype(jnp.int32)
-
-    def body(state: DecodeState, _) -> tuple[DecodeState, None]:
-        choice = strategy.choose(state, processor.apply(state.logits, state.processor))
-        old = gather(
-            (state.tokens, state.log_prob, state.length, state.finish, state.done, state.processor),
-            choice.parent,
-        )
-        tokens, log_prob, count, finish, done, processed = old
-        idle = done | choice.stop
-        token = jnp.where(idle, pad_id, choice.token).astype(jnp.int32)
-        ended = ~idle & jnp.isin(choice.token, state.eos_ids)
-        finish = jnp.where(ended, Finish.EOS, finish)
-        next_logits, cache = step(state.cache, token, choice.parent, state.t)
-        return state._replace(
-            t=state.t + 1,
-            tokens=jax.lax.dynamic_update_index_in_dim(tokens, token, state.t, 2),
-            logits=next_logits.astype(jnp.float32),
-            log_prob=jnp.where(idle, log_prob, choice.log_prob),
-            length=jnp.where(idle, count, count + 1),
-            finish=jnp.where(choice.stop & ~done, Finish.DEAD_END, finish).astype(jnp.int32),
-            done=idle | ended | (state.t + 1 >= limit)[:, None],
-            cache=cache,
-            processor=processor.update(processed, token),
-            strategy=choice.state,
-        ), None
-
-    state = begin(logits, cache, strategy, processor, columns, limit, eos_ids, pad_id, keys)
-    state = jax.lax.while_loop(
-        lambda state: ~state.done.all(),
-        lambda state: jax.lax.scan(body, state, length=chunk)[0],
-        state,
-    )
-    decoded = strategy.finish(state)
-    return decoded._replace(tokens=decoded.tokens[..., :length])
+    return strategy.finish(advance(step, state, strategy, processor, pad_id=pad_id, chunk=chunk))
 
 
 def begin(
@@ -163,17 +136,18 @@ def begin(
     cache: Any,
     strategy: Strategy,
     processor: Processor,
-    columns: int,
+    length: int,
     limit: Int[Array, " B"],
     eos_ids: Sequence[int] | Int[Array, " E"],
     pad_id: int | Int[Array, ""],
     keys: Key[Array, " B"],
 ) -> DecodeState:
-    """The state before the first of at most `columns` tokens."""
+    """The state before the first of at most `length` tokens."""
     (rows, vocabulary), width = logits.shape, strategy.width
-    tokens = jnp.full((rows, width, columns), pad_id, jnp.int32)
+    limit = jnp.minimum(limit, length).astype(jnp.int32)
+    tokens = jnp.full((rows, width, length), pad_id, jnp.int32)
     return DecodeState(
-        t=jnp.int32(0),
+        t=jnp.zeros(rows, jnp.int32),
         tokens=tokens,
         logits=jnp.broadcast_to(logits[:, None], (rows, width, vocabulary)).astype(jnp.float32),
         log_prob=jnp.zeros((rows, width), jnp.float32),
@@ -187,6 +161,73 @@ def begin(
         eos_ids=jnp.asarray(eos_ids, jnp.int32),
         keys=keys,
     )
+
+
+def advance(
+    step: Step,
+    state: DecodeState,
+    strategy: Strategy,
+    processor: Processor,
+    *,
+    pad_id: int | Int[Array, ""],
+    chunk: int,
+    chunks: int | Int[Array, ""] | None = None,
+) -> DecodeState:
+    """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
+
+    def body(state: DecodeState, _) -> tuple[DecodeState, None]:
+        ends = ends_of(processor, state.eos_ids)
+        choice = strategy.choose(state, processor.apply(state.logits, state.processor), ends)
+        old = gather(
+            (state.tokens, state.log_prob, state.length, state.finish, state.done, state.processor),
+            choice.parent,
+        )
+        tokens, log_prob, count, finish, done, processed = old
+        idle = done | choice.stop
+        token = jnp.where(idle, pad_id, choice.token).astype(jnp.int32)
+        ended = ~idle & ends(processed, choice.token)
+        finish = jnp.where(ended, ending(choice.token, state.eos_ids), finish)
+        next_logits, cache = step(state.cache, token, choice.parent, state.t)
+        return state._replace(
+            t=state.t + 1,
+            tokens=put(tokens, token, state.t),
+            logits=next_logits.astype(jnp.float32),
+            log_prob=jnp.where(idle, log_prob, choice.log_prob),
+            length=jnp.where(idle, count, count + 1),
+            finish=jnp.where(choice.stop & ~done, Finish.DEAD_END, finish).astype(jnp.int32),
+            done=idle | ended | (state.t + 1 >= state.limit)[:, None],
+            cache=cache,
+            processor=processor.update(processed, token),
+            strategy=choice.state,
+        ), None
+
+    def goes_on(carry: tuple[DecodeState, Array]) -> Array:
+        state, n = carry
+        return ~state.done.all() & (True if chunks is None else n < chunks)
+
+    return jax.lax.while_loop(
+        goes_on,
+        lambda carry: (jax.lax.scan(body, carry[0], length=chunk)[0], carry[1] + 1),
+        (state, jnp.int32(0)),
+    )[0]
+
+
+def ends_of(processor: Processor, eos_ids: Int[Array, " E"]) -> Ends:
+    """What ends a hypothesis: an end of sequence, and what the processor says does."""
+    return lambda state, token: jnp.isin(token, eos_ids) | processor.ends(state, token)
+
+
+def ending(token: Int[Array, "..."], eos_ids: Int[Array, " E"]) -> Int[Array, "..."]:
+    """The `Finish` of a hypothesis that this token ended."""
+    return jnp.where(jnp.isin(token, eos_ids), Finish.EOS, Finish.STOP).astype(jnp.int32)
+
+
+def put(
+    tokens: Int[Array, "B W T"], token: Int[Array, "B W"], at: Int[Array, " B"]
+) -> Int[Array, "B W T"]:
+    """`tokens` with `token` in the place `at` of its row."""
+    here = jnp.arange(tokens.shape[-1]) == at[:, None, None]
+    return jnp.where(here, token[..., None], tokens)
 
 
 def gather(tree: Any, parent: Int[Array, "B W"] | None) -> Any:

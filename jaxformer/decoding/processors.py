@@ -1,11 +1,12 @@
 """Processors change the logits before a token is chosen: truncate, forbid, constrain.
 
-A processor is three pure functions over a state of its own, whose leaves are "B W ..." and follow
+A processor is four pure functions over a state of its own, whose leaves are "B W ..." and follow
 their hypothesis through the search. A forbidden token has logit -inf. Every number may be traced:
 another temperature compiles nothing anew.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ class Processor(NamedTuple):
     """(logits, state) -> logits."""
     update: Callable[[Any, Array], Any]
     """(state, token "B W") -> state after that token."""
+    ends: Callable[[Any, Array], Array] = lambda state, token: jnp.zeros(token.shape, bool)
+    """(state, tokens "B W ...") -> whether each would end its hypothesis."""
 
 
 def chain(*parts: Processor) -> Processor:
@@ -40,6 +43,11 @@ def chain(*parts: Processor) -> Processor:
         apply,
         lambda states, token: tuple(
             part.update(state, token) for part, state in zip(parts, states, strict=True)
+        ),
+        lambda states, token: reduce(
+            jnp.logical_or,
+            (part.ends(state, token) for part, state in zip(parts, states, strict=True)),
+            jnp.zeros(token.shape, bool),
         ),
     )
 
@@ -205,6 +213,7 @@ def forced(token: int, at: int | Int[Array, " B"], others: Processor) -> Process
         lambda b, w: (jnp.zeros((b, w), jnp.int32), others.init(b, w)),
         apply,
         lambda states, token: (states[0] + 1, others.update(states[1], token)),
+        lambda states, token: others.ends(states[1], token),
     )
 
 

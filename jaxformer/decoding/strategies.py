@@ -8,7 +8,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxformer.decoding.loop import Choice, Decoded, DecodeState, Finish, Strategy, gather
+from jaxformer.decoding.loop import (
+    Choice,
+    Decoded,
+    DecodeState,
+    Ends,
+    Finish,
+    Strategy,
+    ending,
+    gather,
+    put,
+)
 from jaxformer.decoding.select import argmax, top_k
 
 NEG = float(np.finfo(np.float32).min) / 2
@@ -17,13 +27,13 @@ NEG = float(np.finfo(np.float32).min) / 2
 
 def greedy() -> Strategy:
     """The most likely token at every step, of equal ones the lowest id."""
-    return Strategy(1, _no_state, lambda state, logits: _pick(state, logits, logits), _ranked)
+    return Strategy(1, _no_state, _most_likely, _ranked)
 
 
 def sample(n: int) -> Strategy:
     """n independent samples per row from the processed distribution."""
 
-    def choose(state, logits):
+    def choose(state, logits, ends):
         return _pick(state, logits, logits + gumbel(state, logits))
 
     return Strategy(n, _no_state, choose, _ranked)
@@ -61,7 +71,7 @@ def beam(
         pool = Decoded(tokens, score, score, jnp.zeros(shape, jnp.int32), finish)
         return jnp.where(first, 0.0, NEG), pool
 
-    def choose(state, logits):
+    def choose(state, logits, ends):
         live, pool = state.strategy
         rows, _, vocabulary = logits.shape
         wanted = continuations(width, state.eos_ids)
@@ -77,21 +87,20 @@ def beam(
         # The best of the row.
         score, best = top_k(score.reshape(rows, -1), min(wanted, width * k))
         parent = best // k
-        token, log_prob = gather((token.reshape(rows, -1), log_prob.reshape(rows, -1)), best)
-        eos = jnp.isin(token, state.eos_ids)
+        candidates = (token, log_prob, ends(state.processor, token))
+        candidates = jax.tree.map(lambda each: each.reshape(rows, -1), candidates)
+        token, log_prob, ended = gather(candidates, best)
+        n = (state.t + 1)[:, None]
         last = (state.t + 1 >= state.limit)[:, None]
 
         # Finished ones enter the pool, if they are among the `width` best of this step.
-        enters = (eos | last) & (score > NEG) & (jnp.arange(score.shape[1]) < width)
-        tokens = jax.lax.dynamic_update_index_in_dim(
-            gather(state.tokens, parent), token, state.t, 2
-        )
+        enters = (ended | last) & (score > NEG) & (jnp.arange(score.shape[1]) < width)
         finished = Decoded(
-            tokens,
-            jnp.where(enters, score / penalty(state.t + 1), NEG),
+            put(gather(state.tokens, parent), token, state.t),
+            jnp.where(enters, score / penalty(n), NEG),
             log_prob,
-            jnp.full_like(token, state.t + 1),
-            jnp.where(eos, Finish.EOS, Finish.LIMIT).astype(jnp.int32),
+            jnp.broadcast_to(n, token.shape),
+            jnp.where(ended, ending(token, state.eos_ids), Finish.LIMIT),
         )
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), pool, finished)
         _, best = jax.lax.top_k(both.score, width)
@@ -99,9 +108,9 @@ def beam(
 
         # The others live on, until even the kindest length cannot lift them over the pool's worst.
         worst = pool.score[:, -1]
-        live, best = jax.lax.top_k(jnp.where(eos, NEG, score), width)
+        live, best = jax.lax.top_k(jnp.where(ended, NEG, score), width)
         parent, token, log_prob = gather((parent, token, log_prob), best)
-        kindest = penalty(state.t + 1)
+        kindest = penalty(n[:, 0])
         if stop_when == "exact":
             kindest = jnp.maximum(kindest, penalty(state.limit))
         enough = worst > NEG if stop_when == "full" else live[:, 0] / kindest <= worst
@@ -131,6 +140,10 @@ def gumbel(state: DecodeState, logits: Float[Array, "B W V"]) -> Float[Array, "B
 
     every = jax.vmap(jax.vmap(noise, (None, 0, 0)), (0, 0, None))
     return every(state.keys, state.length, jnp.arange(logits.shape[1]))
+
+
+def _most_likely(state: DecodeState, logits: Float[Array, "B W V"], ends: Ends) -> Choice:
+    return _pick(state, logits, logits)
 
 
 def _no_state(tokens: Int[Array, "B W T"], limit: Int[Array, " B"]) -> tuple[()]:

@@ -102,3 +102,35 @@ def keep(cache: Cache, fed: int, kept: Int[Array, " B"]) -> Cache:
     pos = jnp.where(jnp.arange(fed) < kept[:, None], pos, NOWHERE)
     pos = jax.lax.dynamic_update_slice_in_dim(cache.pos, pos, start, 1)
     return cache._replace(pos=pos, filled=start + kept.max())
+
+
+def repeat(cache: Cache, rows: int, slots: int) -> Cache:
+    """A decoder-only model's cache of one row for each of `rows`, with room for `slots` slots."""
+    more = slots - cache.pos.shape[1]
+
+    def of_all(x: Array, axis: int, value: int = 0) -> Array:
+        room = [(0, more if i == axis else 0) for i in range(x.ndim)]
+        padded = jnp.pad(x, room, constant_values=value)
+        return jnp.broadcast_to(padded, (rows, *padded.shape[1:]))
+
+    own = tuple(KV(of_all(kv.k, 3), of_all(kv.v, 2)) for kv in cache.own)
+    return cache._replace(own=own, pos=of_all(cache.pos, 1, NOWHERE))
+
+
+def slide(cache: Cache, first: int, used: Int[Array, ""]) -> Cache:
+    """The cache with only the last `used` of its slots from `first` on, which come to stand there.
+
+    For rows to which none of the others belongs.
+    """
+    by = first + used - cache.filled
+
+    def moved(x: Array, axis: int) -> Array:
+        still, rest = jnp.split(x, [first], axis)
+        return jnp.concatenate([still, jnp.roll(rest, by, axis)], axis)
+
+    return cache._replace(
+        own=tuple(KV(moved(kv.k, 3), moved(kv.v, 2)) for kv in cache.own),
+        pos=moved(cache.pos, 1),
+        seen=None if cache.seen is None else moved(cache.seen, 2),
+        filled=first + used,
+    )

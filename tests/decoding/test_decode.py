@@ -176,7 +176,7 @@ def test_finished_rows_cost_no_steps(name, width):
     steps = []
 
     def counted(cache, tokens, parent, t):
-        jax.debug.callback(lambda t: steps.append(int(t)), t)
+        jax.debug.callback(lambda t: steps.append(int(t[0])), t)
         return model.step(cache, tokens, parent, t)
 
     model, strategy = toy(0, eos=20.0), strategy_named(name, width, 0.0)

@@ -1,6 +1,8 @@
 """Speculative decoding against the one loop: whatever is guessed, the same tokens."""
 
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_decoder import EOS, PAD, automaton, hypotheses, run, strategy_named, toy
 
+from jaxformer.decoding.loop import begin
 from jaxformer.decoding.processors import ban, chain, min_length
-from jaxformer.decoding.speculative import lookup, speculate
+from jaxformer.decoding.speculative import draft, lookup, speculate
 
 seeds = st.integers(0, 2**32 - 1)
 K = 3
@@ -34,11 +37,12 @@ def keep(states, kept):
 @cache
 def compiled(name, length=7):
     def decode(model, guesses, prompt, mask, table, least, limit, keys, passes=None):
-        def guess(tokens, count):
+        def guess(state, first):
             if guesses is None:
-                return lookup(*prompt, K)(tokens, count)
+                return lookup(*prompt, K)(state, first)
+            count = state.length[:, 0] + 1
             at = jnp.minimum(count[:, None] + jnp.arange(K), guesses.shape[1] - 1)
-            return jnp.take_along_axis(guesses, at, 1)
+            return jnp.take_along_axis(guesses, at, 1), state.cache
 
         def counted(cache, tokens, count):
             jax.debug.callback(lambda: PASSES.append(1))
@@ -126,6 +130,30 @@ def test_constraints_and_dead_ends(name):
     assert_equal(guessing(model, name, None, limit=[0, 3]), run(model, name, limit=[0, 3]))
 
 
+@every_strategy
+@given(seeds)
+@settings(max_examples=10, deadline=None)
+def test_a_draft_of_the_model_itself_guesses_right(name, seed):
+    model = toy(seed, eos=-20.0)
+    wanted = np.asarray(run(model, name, least=7).tokens[:, 0])
+    strategy, processor = strategy_named(name, 1, 0.0), chain(min_length(7, [EOS]))
+    start = jnp.asarray(model.start)
+    state = begin(
+        start @ model.out, start[:, None], strategy, processor, 7, jnp.full(2, 7), [EOS], PAD,
+        jax.random.split(jax.random.key(0), 2),
+    )  # fmt: skip
+
+    def step(cache, token, count):
+        np.testing.assert_array_equal(count.shape, (2,))
+        return model.step(cache, token, None, count)
+
+    guesses, cache = draft(step, strategy, processor, K)(state, jnp.asarray(wanted[:, :1]))
+    np.testing.assert_array_equal(guesses, wanted[:, 1 : 1 + K])
+    for token in wanted[:, : 1 + K].T:  # all that it guessed, it has read
+        _, start = model.step(start, jnp.asarray(token), None, 0)
+    np.testing.assert_allclose(cache[:, 0], start, atol=1e-6)
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 11))
 @settings(max_examples=60, deadline=None)
 def test_look_up_finds_the_longest_and_latest_match(text, split):
@@ -142,6 +170,10 @@ def test_look_up_finds_the_longest_and_latest_match(text, split):
     tokens = np.full((1, 12), 9, np.int32)
     tokens[0, : len(text) - split] = text[split:]
     guess = lookup(jnp.asarray(prompt), jnp.array([split]), 3)
-    found = np.asarray(guess(jnp.asarray(tokens), jnp.array([len(text) - split])))[0].tolist()
+    before = len(text) - split - 1  # the last token is about to be written
+    state: Any = SimpleNamespace(
+        tokens=jnp.asarray(tokens)[:, None], length=jnp.array([[before]]), cache=None
+    )
+    found = np.asarray(guess(state, jnp.array([text[-1:]]))[0])[0].tolist()
     if alike:  # what follows there and, if it reaches the end, the same again
         assert found == [text[at + i % (len(text) - at)] for i in range(3)]
