@@ -43,12 +43,13 @@ def generate(
     chat: bool = False,
     hypotheses: bool = False,
     draft: str = "",
+    int8: bool = False,
 ) -> None:
     """Write what the model of `run` generates from `bulk.input` to the folder `bulk.output`, or go
     on with it where it stopped, on all devices of this process.
 
     `hypotheses` writes all n_best with their scores; the model of `draft` guesses ahead. `step` and
-    `dtype` are those of `load`. Raises
+    `dtype` and `int8` are those of `load`. Raises
     `DataError` for the input, and `CheckpointError` if the folder is of another job.
     """
     if bulk.distributed:
@@ -66,8 +67,8 @@ def generate(
         shards.check_same(output, plan)
         devices = jax.local_devices()
         mesh = sharding.make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
-        model = load(run, step, dtype=dtype, mesh=mesh)
-        small = load(draft, dtype=dtype, mesh=mesh) if draft else None
+        model = load(run, step, dtype=dtype, mesh=mesh, int8=int8)
+        small = load(draft, dtype=dtype, mesh=mesh, int8=int8) if draft else None
         plan = {"checkpoint": fingerprint(model), **plan}
         shards.check_same(output, plan)
         shards.claim(output, plan, index)

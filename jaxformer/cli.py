@@ -74,6 +74,8 @@ class Generate:
     """Checkpoint of a run to use; 0 is the newest."""
     dtype: SameOr = ""
     """Type of parameters and arithmetic; without it, what the checkpoint has."""
+    int8: bool = False
+    """Round the weights to eight bits each, which read faster and take a quarter of the memory."""
     chat: bool = False
     """Take each line as what a user says, and answer it by the checkpoint's chat template."""
     json: bool = False
@@ -106,6 +108,8 @@ class Score:
     """Checkpoint of a run to use; 0 is the newest."""
     dtype: SameOr = ""
     """Type of parameters and arithmetic; without it, what the checkpoint has."""
+    int8: bool = False
+    """Round the weights to eight bits each, which read faster and take a quarter of the memory."""
     token_log_probs: bool = False
     """Write the log-probability of each token, too."""
 
@@ -226,6 +230,7 @@ def generate(argv: list[str]) -> None:
             chat=options.chat,
             hypotheses=options.json,
             draft=options.draft,
+            int8=options.int8,
         )
         return
     with _opened(options.bulk.input) as stream:
@@ -238,8 +243,8 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
     from jaxformer.training.report import json_line, printable
 
     dtype = options.dtype or None
-    model = load(options.run, options.step or None, dtype=dtype)
-    draft = load(options.draft, dtype=dtype) if options.draft else None
+    model = load(options.run, options.step or None, dtype=dtype, int8=options.int8)
+    draft = load(options.draft, dtype=dtype, int8=options.int8) if options.draft else None
     at_once = 1 if options.stream else AT_ONCE
     for first, lines in _chunks(stream, options.bulk.input or "standard input", at_once):
         if options.chat:
@@ -277,7 +282,8 @@ def score(argv: list[str]) -> None:
     from jaxformer.loading import load
     from jaxformer.training.report import json_line
 
-    model = load(options.run, options.step or None, dtype=options.dtype or None)
+    dtype = options.dtype or None
+    model = load(options.run, options.step or None, dtype=dtype, int8=options.int8)
     with contextlib.ExitStack() as stack:
         for sources, targets in _pairs(options, stack):
             for result in model.score_tokens(sources, targets):

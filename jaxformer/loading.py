@@ -22,6 +22,7 @@ from jaxformer.hub.pickles import open_torch_pickle
 from jaxformer.hub.tensors import Stored
 from jaxformer.model import Model, Origin
 from jaxformer.nn import lora, transformer
+from jaxformer.nn.quantize import quantize
 from jaxformer.training.checkpoint import restore_params
 
 
@@ -32,21 +33,24 @@ def load(
     dtype: DType | None = None,
     mesh: Mesh | None = None,
     max_length: int | None = None,
+    int8: bool = False,
 ) -> Model:
     """The model of a training run (at `step`, or its newest sound checkpoint; adapters merged), or
     of a Hugging Face directory or GGUF file.
 
     `dtype` is that of parameters and arithmetic; without it, what the checkpoint has. On a `mesh`,
     each device reads only its share; the vocabulary of what is no run is padded until the mesh
-    divides it. `max_length` is for models whose positions have no end of their own. Raises
-    `CheckpointError`.
+    divides it. `max_length` is for models whose positions have no end of their own. `int8` rounds
+    the weights to eight bits each (see `nn.quantize`). Raises `CheckpointError`.
     """
     path = Path(path)
     if run.exists(path):
-        return _load_run(path, step, dtype, mesh, max_length)
-    if step is not None:
+        model = _load_run(path, step, dtype, mesh, max_length)
+    elif step is not None:
         raise ConfigError(f"{path} is no training run, so it has no step {step}; leave step out.")
-    return _load_folder(path, dtype, mesh, max_length)
+    else:
+        model = _load_folder(path, dtype, mesh, max_length)
+    return dataclasses.replace(model, params=quantize(model.params)) if int8 else model
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:

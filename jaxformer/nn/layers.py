@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.config import ModelConfig
 from jaxformer.nn import functional as f
+from jaxformer.nn.quantize import project_int8
 
 Initializer = Callable[..., Any]
 
@@ -44,7 +45,7 @@ class Linear(nn.Module):
 
     The kernel has shape `d_in` + `d_out` and axis names `axes`. With adapters it is W + s A B,
     s = lora_alpha / lora_rank, where B starts at zero (Hu et al. 2022, equation 3). In place
-    of a kernel there may be one that was packed for decoding.
+    of a kernel there may be one that was packed for decoding, or quantised.
     """
 
     config: ModelConfig
@@ -59,10 +60,13 @@ class Linear(nn.Module):
         cfg, n_in = self.config, len(self.d_in)
         dtype, param_dtype = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.param_dtype)
         x = x.astype(dtype)
+        rows = x.reshape(*x.shape[: x.ndim - n_in], -1)
         if self.has_variable("params", "packed"):
-            lead = x.shape[: x.ndim - n_in]
             packed = self.get_variable("params", "packed").astype(dtype)
-            y = f.project(x.reshape(*lead, -1), packed, dtype).reshape(*lead, *self.d_out)
+            y = f.project(rows, packed, dtype).reshape(*rows.shape[:-1], *self.d_out)
+        elif self.has_variable("params", "int8"):
+            int8, scale = (self.get_variable("params", name) for name in ("int8", "scale"))
+            y = project_int8(rows, int8, scale, dtype).reshape(*rows.shape[:-1], *self.d_out)
         else:
             init = kernel_init(cfg, n_in, len(self.d_out), self.gain)
             shape = self.d_in + self.d_out
@@ -84,7 +88,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of vectors, looked up by id, or used as the output head."""
+    """A table of vectors, quantised or not, looked up by id, or used as the output head."""
 
     config: ModelConfig
     size: int
@@ -92,17 +96,26 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
+        if self.has_variable("params", "int8"):
+            self.int8, self.scale = (self.get_variable("params", n) for n in ("int8", "scale"))
+            return
         init = named(jax.nn.initializers.normal(cfg.embed_init_std), (self.axis, "embed"))
         shape = (self.size, cfg.d_model)
         self.embedding = self.param("embedding", init, shape, jnp.dtype(cfg.param_dtype))
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        if self.has_variable("params", "int8"):
+            scale = jnp.take(self.scale, ids, axis=0)[..., None]
+            return (jnp.take(self.int8, ids, axis=0) * scale).astype(dtype)
         # Rows of a table cut along its width would have to be cut anew for the batch.
         table = constrain(self.embedding, self.axis, None)
-        return jnp.take(table, ids, axis=0).astype(self.config.compute_dtype)
+        return jnp.take(table, ids, axis=0).astype(dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of `x` against every row of the table, in float32."""
+        if self.has_variable("params", "int8"):
+            return project_int8(x, self.int8, self.scale, jnp.float32)
         table = self.embedding.astype(self.config.compute_dtype)
         return f.project(x, table, jnp.float32)
 
