@@ -20,6 +20,7 @@ FLOORS = (
     {"converting", "bulk"},
     {"training", "loading"},
     {"model"},
+    {"running"},
     {"generate", "method", "constraining", "arrays", "inspecting", "vectors"},
     {"nn", "decoding", "data", "hub", "sharding", "run", "batching"},
     {"presets", "config"},
