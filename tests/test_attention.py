@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import foreign
@@ -26,7 +27,9 @@ from jaxformer import arrays, model
 from jaxformer.config import ModelConfig
 from jaxformer.data.tasks import encode_target
 from jaxformer.errors import ConfigError
+from jaxformer.model import Attended
 from jaxformer.nn.transformer import Transformer, apply
+from jaxformer.picture import draw_attention
 from jaxformer.types import Batch
 
 
@@ -175,3 +178,12 @@ def test_what_is_refused():
         assert it.attention([], []) == []
     with pytest.raises(ConfigError, match="encoder-only model has no targets that attend"):
         foreign.model("bert").attention(["a"], ["b"])
+
+
+def test_any_token_can_be_drawn(tmp_path: Path):
+    odd = ("$\\frac$", " ", "\n", "\x1b[31m", "", "a" * 99)
+    few = Attended(np.full((1, 2, 6, 6), 1 / 6, np.float32), odd, odd)
+    many = Attended(np.full((1, 1, 1, 90), 1 / 90, np.float32), ("a",) * 90, ("b",))
+    draw_attention([few, many, few], tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1
