@@ -1,9 +1,11 @@
-"""What a model computes of a batch, compiled: logits, log-probabilities of labels, embeddings."""
+"""What a model computes of a batch, compiled: logits, log-probabilities of labels, weights of
+attention, embeddings."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jaxformer.batching import pad
 from jaxformer.config import ModelConfig
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.select import top_k
-from jaxformer.nn.transformer import apply
+from jaxformer.nn.transformer import Transformer, apply
 from jaxformer.types import Batch, Tokens
 
 
@@ -40,6 +42,17 @@ def likelihood(config: ModelConfig, params: Any, batch: Batch, k: int = 0) -> Li
     picked = jnp.take_along_axis(found, batch.labels[..., None], axis=-1) - total
     top, ids = top_k(found, min(k, config.vocab_size))
     return Likelihood(picked[..., 0], top - total, ids)
+
+
+@partial(jax.jit, static_argnums=0)
+def attention(config: ModelConfig, params: Any, batch: Batch) -> Float[Array, "B L N T S"]:
+    """How much each token of the target attends to each of the source or, without an encoder, of
+    the target itself: the weights of every layer and head of the decoder, in float32."""
+    model = Transformer(config)
+    _, kept = model.apply({"params": params}, batch, mutable=["intermediates"])
+    of_layers: Any = kept["intermediates"]["decoder"]["layers"]
+    (weights,) = of_layers["cross" if config.n_encoder_layers else "attention"]["weights"]
+    return einops.rearrange(weights, "l b k g t s -> b l (k g) t s").astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -42,6 +42,7 @@ exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint or run directory
 """
 
 AT_ONCE = 4096  # lines read before anything is written for them
+DRAWN = 8  # lines whose attention one picture shows
 PLAIN = (tyro.conf.FlagCreatePairsOff,)
 SameOr = Literal["", "float32", "bfloat16", "float16"]
 
@@ -85,6 +86,9 @@ class Generate:
     draft: str = ""
     """A smaller model of the same tokenizer (as run) that guesses tokens ahead: the same output,
     sooner."""
+    plot_attention: str = ""
+    """Picture to draw, as map.png: which tokens of the first lines (or, without an encoder, of what
+    is written already) each generated token attends to, in the mean over layers and heads."""
     bulk: tyro.conf.OmitArgPrefixes[BulkConfig] = BulkConfig()
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
 
@@ -217,6 +221,8 @@ def generate(argv: list[str]) -> None:
     options = _with_run_defaults(Generate, argv)
     if options.stream and (options.json or options.draft or options.bulk.output):
         raise ConfigError("stream writes text as it comes; leave out json, draft and output.")
+    if options.plot_attention:
+        _check_picture(options)
     step, dtype = options.step or None, options.dtype or None
     if options.bulk.output:
         from jaxformer import bulk
@@ -237,6 +243,22 @@ def generate(argv: list[str]) -> None:
         _generate(options, stream)
 
 
+def _check_picture(options: Generate) -> None:
+    """Whether attention can be drawn, found out before the work."""
+    from jaxformer.files import writing
+
+    path = Path(options.plot_attention)
+    if options.stream or options.bulk.output:
+        raise ConfigError(
+            "plot_attention draws lines that are generated whole, to standard output; leave out "
+            "stream and output."
+        )
+    with writing(path):
+        if path.is_dir() or path.suffix.lower() != ".png":
+            raise ConfigError(f"plot_attention {path} is no file that ends in .png; name one.")
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def _generate(options: Generate, stream: Iterable[bytes]) -> None:
     """Line by line, from a stream to standard output."""
     from jaxformer.loading import load
@@ -246,6 +268,7 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
     model = load(options.run, options.step or None, dtype=dtype, int8=options.int8)
     draft = load(options.draft, dtype=dtype, int8=options.int8) if options.draft else None
     at_once = 1 if options.stream else AT_ONCE
+    pairs: list[tuple[Sequence[int], Sequence[int]]] = []  # whose attention is drawn
     for first, lines in _chunks(stream, options.bulk.input or "standard input", at_once):
         if options.chat:
             prompts = [model.tokenizer.chat([{"role": "user", "content": s}]) for s in lines]
@@ -270,6 +293,15 @@ def _generate(options: Generate, stream: Iterable[bytes]) -> None:
                 print(f"jaxformer: line {first + i + 1}: {result.error}", file=sys.stderr)
             print(printable(best))
         sys.stdout.flush()
+        written = [result.hypotheses[0].ids if result.hypotheses else () for result in results]
+        pairs += [pair for pair in zip(prompts, written, strict=True) if pair[1]]
+        del pairs[DRAWN:]
+    if options.plot_attention:
+        if not pairs:
+            raise DataError("nothing was generated, so there is no attention to draw.")
+        from jaxformer.picture import draw_attention
+
+        draw_attention(model.attention(*zip(*pairs, strict=True)), Path(options.plot_attention))
 
 
 def score(argv: list[str]) -> None:

@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxformer import arrays, sharding
-from jaxformer.batching import in_buckets, pad
+from jaxformer.batching import in_buckets, pad, power_of_two
 from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
 from jaxformer.data.tasks import encode_source, encode_target
 from jaxformer.data.tokenizer import Tokenizer
@@ -22,6 +22,11 @@ from jaxformer.errors import ConfigError
 from jaxformer.generate import Small, decode_batch, prepare
 from jaxformer.running import can_refill, decode_rows, stream_batch
 from jaxformer.types import Batch, Tokens
+
+Pair: TypeAlias = tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]
+"""The ids of a source and of its target."""
+MAPPED = 2**26
+"""Weights of attention that are computed at once, at most, unless one pair has more."""
 
 
 class Alternative(NamedTuple):
@@ -70,6 +75,21 @@ class Scored(NamedTuple):
     @property
     def perplexity(self) -> float:
         return math.exp(min(-self.log_prob / max(len(self.token_log_probs), 1), 700))
+
+
+class Attended(NamedTuple):
+    """How much each token of a target attends to each of what it is given; or what was wrong with
+    the pair, and nothing else.
+
+    The weights of a token are those with which the decoder chooses it, having read the one before.
+    """
+
+    weights: Float[np.ndarray, "L N T S"]
+    source: tuple[str, ...] = ()
+    """The texts of the source's tokens; in a decoder-only model, then of the target's but the last,
+    which attend to themselves."""
+    target: tuple[str, ...] = ()
+    error: str = ""
 
 
 class Generated(NamedTuple):
@@ -247,27 +267,39 @@ class Model:
         """`score`, token by token; a pair that is too long for the model fails alone."""
         if self.config.n_decoder_layers == 0:
             raise ConfigError("an encoder-only model scores no targets; use logits.")
-        if len(sources) != len(targets):
-            raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
-        scored, pairs = [Scored(())] * len(sources), {}
-        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            prompt = np.array(self.prompt(source), np.int32)
-            ids = encode_target(self.data, self.tokenizer, target)
-            longest = max(len(prompt), len(ids))
-            if self.config.kind == "decoder-only":
-                longest = len(prompt) + len(ids) - 1
-            if longest <= self.config.max_length:
-                pairs[i] = prompt, ids
-                continue
-            scored[i] = Scored(
-                (),
-                f"has {longest} tokens, over the model's max_length {self.config.max_length}; "
-                "shorten or split it.",
-            )
+        pairs, wrong = self._pairs(sources, targets)
         found = self._likelihoods(list(pairs.values()), 0)
+        scored = {i: Scored((), error) for i, error in wrong.items()}
         for i, each in zip(pairs, found, strict=True):
             scored[i] = Scored(tuple(each.log_prob.tolist()))
-        return scored
+        return [scored[i] for i in range(len(sources))]
+
+    def attention(
+        self, sources: Sequence[str | Sequence[int]], targets: Sequence[str | Sequence[int]]
+    ) -> list[Attended]:
+        """How much each token of a target attends to each of its source: [layers, heads, target
+        tokens, source tokens] for each pair of texts, or of their ids.
+
+        The attention is cross-attention or, in a decoder-only model, self-attention to the source
+        and the target before. A pair that is too long for the model fails alone.
+        """
+        if self.config.n_decoder_layers == 0:
+            raise ConfigError(
+                "an encoder-only model has no targets that attend to sources; use a model with "
+                "n_decoder_layers over 0."
+            )
+        pairs, wrong = self._pairs(sources, targets)
+        found = self._attention(list(pairs.values()))
+        nothing = np.zeros((self.config.n_decoder_layers, self.config.n_heads, 0, 0), np.float32)
+        attended = {i: Attended(nothing, error=error) for i, error in wrong.items()}
+        text = self.tokenizer.token_text
+        for i, weights in zip(pairs, found, strict=True):
+            prompt, ids = (each.tolist() for each in pairs[i])
+            target = tuple(map(text, ids))
+            before = () if self.config.n_encoder_layers else target[:-1]
+            source = (text(each, source=True) for each in prompt)
+            attended[i] = Attended(weights, (*source, *before), target)
+        return [attended[i] for i in range(len(sources))]
 
     def logits(self, batch: Batch) -> Float[Array, "B *T V"]:
         """What the head makes of a batch, in float32."""
@@ -451,9 +483,52 @@ class Model:
             found.sort(key=lambda h: (h.finish == "dead_end", -h.score))
         return tuple(found[: decode.n_best])
 
-    def _likelihoods(
-        self, pairs: Sequence[tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]], k: int
-    ) -> list[arrays.Likelihood]:
+    def _pairs(
+        self, sources: Sequence[str | Sequence[int]], targets: Sequence[str | Sequence[int]]
+    ) -> tuple[dict[int, Pair], dict[int, str]]:
+        """The ids of the pairs that fit, by their number, and what is wrong with the others."""
+        if len(sources) != len(targets):
+            raise ConfigError(f"there are {len(sources)} sources for {len(targets)} targets.")
+        pairs, wrong = {}, {}
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            prompt = self.prompt(source) if isinstance(source, str) else source
+            if isinstance(target, str):
+                target = encode_target(self.data, self.tokenizer, target)
+            pair = np.array(prompt, np.int32), np.array(target, np.int32)
+            longest = self._longest(pair)
+            if longest <= self.config.max_length:
+                pairs[i] = pair
+                continue
+            wrong[i] = (
+                f"has {longest} tokens, over the model's max_length {self.config.max_length}; "
+                "shorten or split it."
+            )
+        return pairs, wrong
+
+    def _longest(self, pair: Pair) -> int:
+        """How many tokens of a pair are read in a row."""
+        prompt, ids = map(len, pair)
+        return max(prompt, ids) if self.config.n_encoder_layers else prompt + ids - 1
+
+    def _attention(self, pairs: Sequence[Pair]) -> list[Float[np.ndarray, "L N T S"]]:
+        """The weights of attention of each pair, without those of padding."""
+        out: list[Any] = [None] * len(pairs)
+        lengths = list(map(self._longest, pairs))
+        maps = self.config.n_decoder_layers * self.config.n_heads
+        each = maps * power_of_two(max(lengths, default=0), 8) ** 2
+        size = min(self.defaults.batch_size, max(MAPPED // each, 1))
+        for rows, length in in_buckets(lengths, size):
+            chosen = [pairs[row] for row in rows]
+            batch = arrays.scoring_batch(self.config, self.tokenizer, chosen, length)
+            found = sharding.fetch(arrays.attention(self.config, self.params, batch))
+            read = batch.source or batch.target
+            assert read is not None
+            for at, row in enumerate(rows):
+                asked, there = batch.weights[at] > 0, read.seg[at] > 0
+                out[row] = found[at][:, :, asked][..., there]
+        return out
+
+    def _likelihoods(self, pairs: Sequence[Pair], k: int) -> list[arrays.Likelihood]:
         """How likely each token of the targets is after its prompt, and the `k` likeliest there."""
         out: list[Any] = [None] * len(pairs)
         lengths = [len(prompt) + len(ids) for prompt, ids in pairs]

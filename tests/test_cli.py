@@ -22,11 +22,11 @@ import pytest
 import tiny
 
 import jaxformer
-from jaxformer import converting, loading, run
+from jaxformer import converting, loading, picture, run
 from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
 from jaxformer.data import sources
-from jaxformer.data.tokenizer import ByteTokenizer
+from jaxformer.data.tokenizer import ByteTokenizer, load_tokenizer
 from jaxformer.model import Model
 from jaxformer.training import loop
 
@@ -65,7 +65,8 @@ def _beside_the_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tiny.reversing_run().parent)
 
 
-def test_one_line_for_each_line_in_order(command: Any):
+def test_one_line_for_each_line_in_order(command: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jaxformer.picture", None)  # read only if one is drawn
     wanted = jaxformer.load("reversing").hypotheses([text.decode() for text in TEXTS])
     code, out, errors = command("generate", *RUN, given=b"\n".join(TEXTS))
     assert (code, errors) == (0, "")
@@ -154,6 +155,69 @@ def test_what_is_not_utf_8_is_named_by_line(command: Any):
     code, _, errors = command("generate", *RUN, given=b"ab\ncd\nx\xff\n")
     assert code == 3
     assert "line 3" in errors and "not UTF-8" in errors and "byte 1" in errors
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        (),
+        pytest.param(("--beams", "2"), marks=pytest.mark.slow),
+        pytest.param(("--samples", "2"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_attention_is_drawn_of_what_was_generated(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]
+):
+    monkeypatch.setattr("jaxformer.cli.DRAWN", 2)
+    given = b"a" * 16 + b"\nabc\n\nde"
+    file, drawn, draw = tmp_path / "map.png", [], picture.draw_attention
+
+    def watched(attended: Any, path: Path) -> None:
+        drawn.extend(attended)
+        draw(attended, path)
+
+    monkeypatch.setattr(picture, "draw_attention", watched)
+    code, out, _ = command(
+        "generate", *RUN, *ways, "--json", "--plot_attention", str(file), given=given
+    )
+    assert code == 0 and file.read_bytes().startswith(b"\x89PNG")
+    rows = list(map(json.loads, out.splitlines()))
+    text_of = load_tokenizer("reversing/tokenizer").token_text
+    for text, row, panel in zip(("abc", ""), rows[1:3], drawn, strict=True):
+        assert panel.source == (*text, "</s>")
+        assert panel.target == tuple(map(text_of, row["hypotheses"][0]["ids"]))
+
+
+def test_no_picture_is_begun_that_cannot_be_drawn(
+    command: Any, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*options: str, run: str = "reversing", given: bytes = b"a") -> tuple[int, str]:
+        code, out, errors = command(
+            "generate", "--run", run, "--plot_attention", *options, given=given
+        )
+        assert out == "" and not list(tmp_path.glob("*.png"))
+        return code, errors
+
+    good = str(tmp_path / "map.png")
+    code, errors = refused(good, run=str(elsewhere / "bert"))
+    assert code == 2 and "an encoder-only model generates no text" in errors
+    code, errors = refused(good, given=b"")
+    assert code == 3 and "nothing was generated" in errors
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "texts").write_text("a\n")
+    bulk = ("--input", str(tmp_path / "texts"), "--output", str(tmp_path / "out"))
+    for options, wanted, says in (
+        ((good, "--stream"), 2, "leave out stream and output"),
+        ((good, *bulk), 2, "leave out stream and output"),
+        ((str(tmp_path),), 2, "is no file that ends in .png"),
+        ((str(tmp_path / "map.pdf"),), 2, "map.pdf is no file that ends in .png"),
+        ((str(tmp_path / "none" / "map.png"),), 4, "map.png: No such file or directory"),
+        ((str(tmp_path / ("a" * 300 + ".png")),), 4, "File name too long"),
+    ):
+        code, errors = refused(*options)
+        assert code == wanted and says in errors, (options, errors)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
 @pytest.mark.slow

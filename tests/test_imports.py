@@ -17,7 +17,7 @@ PACKAGE = Path(jaxformer.__file__).parent
 # Each part of the package may import itself, every part on the floors below, and these neighbours.
 FLOORS = (
     {"cli"},
-    {"converting", "bulk"},
+    {"converting", "bulk", "picture"},
     {"training", "loading"},
     {"model"},
     {"running"},

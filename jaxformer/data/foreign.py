@@ -100,6 +100,11 @@ class ForeignTokenizer(Tokenizer):
     def decode_token(self, token_id: int) -> str:
         return self.writer.token(token_id)
 
+    def token_text(self, token_id: int, *, source: bool = False) -> str:
+        if source and self.reader is not self.writer:
+            return self.reader.token(token_id)
+        return super().token_text(token_id)
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if self.chat_template is None:
             return super().chat(messages)

@@ -83,6 +83,11 @@ class Tokenizer(Protocol):
             return ("<pad>", "</s>", "<unk>", "<mask>")[token_id]
         return self.decode([token_id])
 
+    def token_text(self, token_id: int, *, source: bool = False) -> str:
+        """The text of one id of a target (or of a source, whose ids may be others'); of one that
+        has none, its name."""
+        return self.decode([token_id]) or self.decode_token(token_id)
+
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by file name."""
         ...

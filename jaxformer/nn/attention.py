@@ -17,6 +17,9 @@ class Attention(nn.Module):
     `slot`, up to which alone it is filled then; None is the beginning of one that will be full.
     Memory absent: they are read from the cache alone. `rotations` are the cosines and
     sines of rotary positions, if the model has them.
+
+    Without a cache, the weights "B K G T S" are sown as "weights" into the collection
+    "intermediates", which is nothing but where the caller makes that mutable.
     """
 
     config: ModelConfig
@@ -67,7 +70,12 @@ class Attention(nn.Module):
                 filled = None if slot is None else slot + x.shape[1]
             y = f.attend_cached(query, kv.k, kv.v, mask, bias, cap=cap, filled=filled)
         elif key is not None and value is not None:
-            drop = nn.Dropout(cfg.attention_dropout, deterministic=self.deterministic)
+            dropout = nn.Dropout(cfg.attention_dropout, deterministic=self.deterministic)
+
+            def drop(weights: Array) -> Array:
+                self.sow("intermediates", "weights", weights)
+                return dropout(weights)
+
             y = f.attend(query, key, value, mask, bias, cap=cap, drop=drop)
         else:
             raise ValueError("attention has neither a memory nor a cache to read it from")

@@ -151,7 +151,7 @@ class Stack(nn.Module):
         scan: Any = nn.scan  # its own annotation knows no tuple of in_axes
         return scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=self.n_layers,
