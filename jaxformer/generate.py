@@ -103,7 +103,7 @@ def request(
         )
     if options.stop:
         stops = compile_stops(options.stop, tokenizer, config.vocab_size)
-    ids = np.zeros(len(lengths), np.int32)
+    ids: Any = np.zeros(len(lengths), np.int32)
     ids[: len(row_ids)] = row_ids
     return method, Request(prompt, limit, ids, numbers_of(options), options.seed, table, stops)
 
@@ -153,7 +153,8 @@ def _decode_over(
     job: Request,
 ) -> Decoded:
     """`_decode` with the rows cut over devices that each hold the model, and never talk."""
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    rows: Any = PartitionSpec(mesh.axis_names)
+    whole: Any = PartitionSpec()
     return jax.shard_map(
         partial(_decode, config, smaller, method),
         mesh=mesh,
@@ -207,7 +208,7 @@ def advance(
     job: Request,
     state: DecodeState,
     chunk: int = CHUNK,
-    chunks: Int[Array, ""] | None = None,
+    chunks: int | Int[Array, ""] | None = None,
 ) -> DecodeState:
     """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))

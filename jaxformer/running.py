@@ -4,7 +4,7 @@ A batch takes as long as its longest text. Where many wait, a row that is at its
 to the next prompt (Yu et al. 2022) instead of idling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def decode_rows(
         config, tokenizer, pad(prompts, length, tokenizer.pad_id), row_ids, options
     )
 
-    def of(rows: Sequence[int]) -> Request:
+    def of(rows: Iterable[int]) -> Request:
         """The request of some rows."""
         rows = list(rows)
         return whole._replace(
