@@ -12,6 +12,15 @@ def power_of_two(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def shortest(bucket: int) -> int:
+    """The fewest tokens of a text in a bucket of lengths.
+
+    >>> [shortest(bucket) for bucket in (8, 16, 32)]
+    [1, 9, 17]
+    """
+    return bucket // 2 + 1 if bucket > 8 else 1
+
+
 def in_buckets(lengths: Sequence[int], size: int) -> Iterator[tuple[list[int], int]]:
     """Row numbers in batches of at most `size`, and the bucket of length each batch falls in."""
     order = sorted(range(len(lengths)), key=lambda row: power_of_two(lengths[row], 8))

@@ -4,7 +4,7 @@ Another temperature, seed or top-p compiles nothing. `decode_batch` is all of it
 `advance` and `ended` are its parts, for those who look in between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
-from jaxformer.batching import power_of_two
+from jaxformer.batching import pad, power_of_two, shortest
 from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.constraining import compile_stops, compile_table, constraints
 from jaxformer.data.tokenizer import Tokenizer
@@ -33,6 +33,8 @@ from jaxformer.types import Tokens
 
 CHUNK = 8
 """Steps between two looks at whether all rows are at their end."""
+LEAST_SHARED = 32
+"""Tokens that prompts begin with alike, from which on they are read once."""
 
 
 class Small(NamedTuple):
@@ -90,9 +92,12 @@ def request(
     """What to compile for a padded batch of prompts, and what to run it on."""
     lengths = prompt.seg.sum(1)
     taken = np.ones_like(lengths) if config.n_encoder_layers else lengths
-    room = config.max_length - taken
-    limit = np.minimum(room, options.max_length) if options.max_length else room
-    length = min(power_of_two(int(limit.max()), 16), config.max_length)
+    most = options.max_length or config.max_length
+    limit = np.minimum(config.max_length - taken, most)
+    # By the shortest prompt that the bucket may have, so that a bucket is compiled for once.
+    least = min(int(taken.min()), shortest(prompt.ids.shape[1]))
+    length = power_of_two(min(config.max_length - least, most), 16)
+    length = min(length, config.max_length)
     method = method_of(config, tokenizer, options, length)
     if not config.n_encoder_layers:
         method = method._replace(shared=shared(prompt))
@@ -108,7 +113,27 @@ def request(
     return method, Request(prompt, limit, ids, numbers_of(options), options.seed, table, stops)
 
 
-def shared(prompt: Tokens, least: int = 32) -> int:
+def blanks(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    rows: int,
+    length: int,
+    options: DecodeConfig,
+    parts: int = 1,
+) -> Iterator[tuple[Method, Request]]:
+    """Whatever `request` may say to compile for `rows` prompts in the bucket `length`, and such
+    prompts, of which no token is asked."""
+    prompt = pad([[0] * shortest(length)] * rows, length, tokenizer.pad_id, parts)
+    method, job = request(config, tokenizer, prompt, range(rows), options)
+    job = job._replace(limit=0 * job.limit)
+    yield method._replace(shared=0), job
+    n = LEAST_SHARED
+    while method.shared >= n:  # they are all the same
+        yield method._replace(shared=n), job
+        n *= 2
+
+
+def shared(prompt: Tokens, least: int = LEAST_SHARED) -> int:
     """How many tokens, a power of two and at least `least`, all prompts begin with alike; or 0.
 
     After them at least one token of each prompt is left.
@@ -135,6 +160,28 @@ def decode_batch(
     they must divide.
     """
     method, job = request(config, tokenizer, prompt, row_ids, options)
+    return _run(config, params, method, job, small)
+
+
+def warm_batch(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    rows: int,
+    length: int,
+    options: DecodeConfig,
+    small: Small | None = None,
+) -> None:
+    """Compile what `decode_batch` runs for `rows` prompts, padded to the bucket `length`."""
+    mesh = sharding.copies(params)
+    parts = 1 if mesh is None else mesh.size
+    for method, job in blanks(config, tokenizer, rows, length, options, parts):
+        _run(config, params, method, job, small)
+
+
+def _run(
+    config: ModelConfig, params: Any, method: Method, job: Request, small: Small | None
+) -> Decoded:
     guesser = (None, None) if small is None else small
     mesh = sharding.copies(params)
     if mesh is None:

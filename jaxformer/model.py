@@ -19,8 +19,8 @@ from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, Finish
 from jaxformer.decoding.mbr import expected_chrf
 from jaxformer.errors import ConfigError
-from jaxformer.generate import Small, decode_batch, prepare
-from jaxformer.running import can_refill, decode_rows, stream_batch
+from jaxformer.generate import Small, decode_batch, prepare, warm_batch
+from jaxformer.running import can_refill, decode_rows, places_of, stream_batch, warm_rows
 from jaxformer.types import Batch, Tokens
 
 Pair: TypeAlias = tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]
@@ -144,6 +144,48 @@ class Model:
         same tokenizer may `draft`, which changes no text: see `DecodeConfig.guesses`.
         """
         return _best(self.hypotheses(texts, decode, draft=draft), "text")
+
+    def warmup(
+        self,
+        decode: DecodeConfig | None = None,
+        lengths: Sequence[int] = (8, 16, 32, 64),
+        rows: Sequence[int] = (),
+        *,
+        draft: "Model | None" = None,
+    ) -> list[tuple[int, int]]:
+        """Compile what `generate` needs for any of so many texts (`rows`), whose prompts are of any
+        of `lengths` in tokens: the buckets (rows, length) for which it then is.
+
+        Both are padded to powers of two, lengths to at least 8, so range(1, 501) is at most seven
+        buckets; lengths beyond the model's are its longest. Without `rows`, one text and a full
+        batch. Texts of several buckets are decoded bucket by bucket. A later `generate`,
+        `hypotheses`, `complete` or `chat` within these compiles nothing: neither with prompts that
+        begin alike, each power of two of such tokens (from 32) being a function of its own that is
+        compiled here too; nor with another seed, or number of an option of `decode` that is on.
+        Not covered are constraints and stop texts whose table is of another size, the
+        probabilities that `token_log_probs` and `alternatives` ask for, `score` and `stream`.
+        """
+        decode = decode or self.defaults
+        self._require_decoder()
+        small = None if draft is None else self._smaller(draft, decode)
+        known, parts = (self.config, self._prepared, self.tokenizer), self.copies
+        size = decode.batch_size * parts
+        most = self.config.max_length - (0 if self.config.n_encoder_layers else 1)
+        buckets = sorted({power_of_two(min(max(n, 1), most), 8) for n in lengths})
+        refilled = [n for n in rows if self._refills(n, decode, small)]
+        whole = {
+            parts * power_of_two(-(-min(size, n - first) // parts), 1)
+            for n in set(rows or (1, size)).difference(refilled)
+            for first in range(0, n, size)
+        }
+        warm = [(n, length) for n in sorted(whole) for length in buckets]
+        for n, length in warm:
+            warm_batch(*known, n, length, decode, small)
+        if refilled:
+            for length in buckets:
+                warm_rows(*known, length, decode)
+                warm.append((places_of(decode, decode.batch_size), length))
+        return list(dict.fromkeys(warm))
 
     def stream(
         self,
@@ -464,7 +506,7 @@ class Model:
         """Numbers of the prompts, all of one bucket of lengths, that ended together, and how."""
         parts, known = self.copies, (self.config, self._prepared, self.tokenizer)
         size = decode.batch_size * parts
-        if len(prompts) > 2 * size and parts == 1 and small is None and can_refill(decode):
+        if self._refills(len(prompts), decode, small):
             yield from decode_rows(*known, prompts, length, keys, decode)
             return
         for first in range(0, len(prompts), size):
@@ -472,6 +514,11 @@ class Model:
             batch = pad([prompts[i] for i in rows], length, self.tokenizer.pad_id, parts)
             mine = [keys[i] for i in rows]
             yield rows, decode_batch(*known, batch, mine, decode, small)
+
+    def _refills(self, n: int, decode: DecodeConfig, small: Small | None) -> bool:
+        """Whether of `n` prompts those that end hand their places to others."""
+        few = n <= 2 * decode.batch_size
+        return not few and self.copies == 1 and small is None and can_refill(decode)
 
     def _ranked(self, decoded: Decoded, row: int, decode: DecodeConfig) -> tuple[Hypothesis, ...]:
         """The `n_best` hypotheses of a row; dead ends last."""

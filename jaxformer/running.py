@@ -17,7 +17,7 @@ from jaxformer.batching import pad
 from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, DecodeState
-from jaxformer.generate import Request, request
+from jaxformer.generate import Request, blanks, request
 from jaxformer.method import Method
 from jaxformer.nn.cache import slide
 from jaxformer.types import Tokens
@@ -80,7 +80,7 @@ def decode_rows(
             row_ids=whole.row_ids[rows],
         )
 
-    places = 1 << (min(options.batch_size, len(prompts)).bit_length() - 1)
+    places = places_of(options, len(prompts))
     quarter = max(places // 4, 1)
     held = np.arange(places)
     waiting = list(range(places, len(prompts)))
@@ -114,6 +114,32 @@ def decode_rows(
             state = _refill(
                 config, method, params, fresh, state, np.concatenate([at, nowhere]).astype(int)
             )
+
+
+def warm_rows(
+    config: ModelConfig, params: Any, tokenizer: Tokenizer, length: int, options: DecodeConfig
+) -> None:
+    """Compile what `decode_rows` runs for any number of prompts over `options.batch_size`."""
+    places = places_of(options, options.batch_size)
+    for method, job in blanks(config, tokenizer, places, length, options):
+        state = _begin(config, method, CHUNK, params, job)
+        state = _slide(int(state.cache.cache.filled), state, 0)
+        state = _advance(config, method, CHUNK, params, job, state)
+        sharding.fetch((state.done.all(1), _ended(config, method, job, state)))
+        size = max(places // 4, 1)
+        while size <= places:
+            fresh = job._replace(
+                prompt=Tokens(*(x[:size] for x in job.prompt)),
+                limit=job.limit[:size],
+                row_ids=job.row_ids[:size],
+            )
+            state = _refill(config, method, params, fresh, state, np.full(size, places))
+            size *= 2
+
+
+def places_of(options: DecodeConfig, prompts: int) -> int:
+    """How many of so many prompts are decoded at once."""
+    return 1 << (min(options.batch_size, prompts).bit_length() - 1)
 
 
 def can_refill(options: DecodeConfig) -> bool:

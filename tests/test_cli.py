@@ -720,3 +720,34 @@ def test_what_was_compiled_is_kept_where_the_user_keeps_such_things(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert main(["generate", "--run", "none"]) == 4
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_anew(tmp_path: Path):
+    """It finds on disk whatever the first one compiled, however quick that was."""
+    environment = tiny.environment() | {"XDG_CACHE_HOME": str(tmp_path)}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        del environment[name]
+    environment |= {"JAX_LOG_COMPILES": "1", "JAX_EXPLAIN_CACHE_MISSES": "1"}
+    command = [sys.executable, "-m", "jaxformer.cli", "generate"]
+
+    def generate() -> tuple[str, set[str], str]:
+        """Its output, what has been compiled by now, and what jax said."""
+        done = subprocess.run(
+            [*command, "--run", str(tiny.reversing_run())],
+            env=environment,
+            input="abc\nde\n",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        kept = (tmp_path / "jaxformer" / "compiled").glob("*-cache")
+        return done.stdout, {path.name for path in kept}, done.stderr
+
+    missed = "PERSISTENT COMPILATION CACHE MISS"
+    text, compiled, log = generate()
+    assert any(name.startswith("jit__decode-") for name in compiled)
+    assert f"{missed} for 'jit__decode'" in log
+    again, then, log = generate()
+    assert (again, then) == (text, compiled)
+    assert "Persistent compilation cache hit for 'jit__decode'" in log and missed not in log

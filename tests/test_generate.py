@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compilation import counted
 from flax import linen as nn
 
 import jaxformer
@@ -341,13 +342,92 @@ def test_bad_words_are_not_written(way: DecodeConfig):
     assert any(h.finish == "eos" for h in found)  # a bare end is no bad word
 
 
-def test_lengths_compile_once_a_bucket():
-    writer = model("decoder-only")
-    writer = dataclasses.replace(writer, config=dataclasses.replace(writer.config, norm_eps=1e-5))
-    before = compiled()  # for no other model of these options
-    for length in range(14):  # 1 to 14 tokens, buckets of 8 and 16; room for 15 to 2 more
+def beginning_alike(alike: int, rows: int) -> list[str]:
+    """Texts of 42 to 44 letters, of which so many are the same."""
+    return ["a" * alike + "bcde"[i % 4] * (44 - i % 3 - alike) for i in range(rows)]
+
+
+def unlike(kind: str, max_length: int) -> Model:
+    """A model for which nothing has been compiled, if no other test has one of this length."""
+    writer = model(kind)
+    return dataclasses.replace(
+        writer, config=dataclasses.replace(writer.config, max_length=max_length)
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["decoder-only", pytest.param("encoder-decoder", marks=pytest.mark.slow)]
+)
+def test_lengths_compile_once_a_bucket(kind: str):
+    writer, before = unlike(kind, 52), compiled()
+    for length in range(50):  # 1 to 50 tokens, and room for 51 to 2 more after them
         writer.hypotheses(["a" * length], GREEDY)
-    assert compiled() - before == 2
+    assert compiled() - before == 4  # 8, 16, 32 and 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+def test_rows_and_beginnings_compile_once_a_power_of_two(kind: str):
+    writer, before = unlike(kind, 53), compiled()
+    for rows in range(1, 9):
+        writer.hypotheses([TEXTS[i % 7] for i in range(rows)], GREEDY)
+    assert compiled() - before == 4  # 1, 2, 4 and 8
+    for alike in range(40):
+        writer.hypotheses(beginning_alike(alike, 8), GREEDY)
+    assert compiled() - before == 4 + (2 if kind == "decoder-only" else 1)  # none, or 32 tokens
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=() if name == "sample" else pytest.mark.slow)
+        for name, way in {
+            **WAYS,
+            "lookup": DecodeConfig(lookup=3),
+            "stop": DecodeConfig(stop=("ab",), bad_words=("cc",)),
+            "regex": DecodeConfig(regex="[a-e]*"),
+        }.items()
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", ["decoder-only", pytest.param("encoder-decoder", marks=pytest.mark.slow)]
+)
+def test_after_warmup_nothing_is_compiled(kind: str, way: DecodeConfig):
+    writer = unlike(kind, 24)
+    assert writer.warmup(way, (7, 3), (1, 2)) == [(1, 8), (2, 8)]
+    numbers: dict[str, Any] = {"seed": 5}
+    if way.sampling:
+        numbers |= {"temperature": 0.7, "top_p": 0.9, "top_k": 2}
+    for options in (way, dataclasses.replace(way, **numbers)):
+        with counted() as anew:
+            writer.hypotheses(["abc"], options)
+            writer.hypotheses(["", "ebcad"], options)
+        assert not anew
+    with counted() as anew:
+        writer.hypotheses(TEXTS[:3], way)
+    assert anew
+
+
+@pytest.mark.slow
+@ways
+@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+def test_warmup_is_for_any_beginning_and_more_texts_than_are_decoded_at_once(
+    kind: str, way: DecodeConfig
+):
+    way = dataclasses.replace(way, batch_size=4, max_length=6)
+    writer = unlike(kind, 70 + way.width)  # another for each way, but for the numbers
+    warm = writer.warmup(way, range(33, 60), (4, 9))
+    assert set(warm) == {(1, 64), (4, 64)} if way.contrastive else {(4, 64)}
+    with counted() as anew:
+        for alike in (0, 33, 40):
+            for rows in (3, 4, 9):
+                writer.hypotheses(beginning_alike(alike, rows), way)
+    assert not anew
+
+
+def test_warmup_takes_what_fits():
+    writer = unlike("decoder-only", 23)
+    assert writer.warmup(GREEDY, (99,), (1,)) == [(1, 32)]
 
 
 def test_more_than_the_vocabulary():

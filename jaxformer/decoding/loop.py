@@ -152,7 +152,7 @@ def begin(
         logits=jnp.broadcast_to(logits[:, None], (rows, width, vocabulary)).astype(jnp.float32),
         log_prob=jnp.zeros((rows, width), jnp.float32),
         length=jnp.zeros((rows, width), jnp.int32),
-        finish=jnp.full((rows, width), Finish.LIMIT, jnp.int32),
+        finish=jnp.full((rows, width), int(Finish.LIMIT), jnp.int32),
         done=jnp.broadcast_to(limit[:, None] <= 0, (rows, width)),
         cache=cache,
         processor=processor.init(rows, width),

@@ -66,10 +66,10 @@ def beam(
         first = jnp.broadcast_to(jnp.arange(width) == 0, shape)
         # A row that may generate nothing has one hypothesis, the empty one.
         empty = first & (limit == 0)[:, None]
-        score = jnp.where(empty, 0.0, NEG)
+        score = jnp.where(empty, 0.0, jnp.float32(NEG))
         finish = jnp.where(empty, Finish.LIMIT, Finish.DEAD_END).astype(jnp.int32)
         pool = Decoded(tokens, score, score, jnp.zeros(shape, jnp.int32), finish)
-        return jnp.where(first, 0.0, NEG), pool
+        return jnp.where(first, 0.0, jnp.float32(NEG)), pool
 
     def choose(state, logits, ends):
         live, pool = state.strategy

@@ -132,5 +132,5 @@ def slide(cache: Cache, first: int, used: Int[Array, ""]) -> Cache:
         own=tuple(KV(moved(kv.k, 3), moved(kv.v, 2)) for kv in cache.own),
         pos=moved(cache.pos, 1),
         seen=None if cache.seen is None else moved(cache.seen, 2),
-        filled=first + used,
+        filled=jnp.asarray(first + used, jnp.int32),  # no weak type, or what follows compiles twice
     )
