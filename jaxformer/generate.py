@@ -49,7 +49,7 @@ class Request(NamedTuple):
     prompt: Tokens
     """What an encoder reads or, without one, what the decoder is to continue."""
     limit: Int[Array, " B"]
-    row_ids: Int[Array, " B"]
+    row_ids: Int[Array, " B"] | Int[np.ndarray, " B"]
     """Rows draw from the keys of these numbers."""
     numbers: Numbers
     seed: int
@@ -135,7 +135,9 @@ def decode_batch(
     they must divide.
     """
     method, job = request(config, tokenizer, prompt, row_ids, options)
-    guesser = (None, None) if small is None else small
+    guesser = (None, None)
+    if small is not None:
+        guesser, method = small, method._replace(guesses=options.guesses)
     mesh = sharding.copies(params)
     if mesh is None:
         return sharding.fetch(_decode(config, guesser[0], method, params, guesser[1], job))
@@ -157,7 +159,7 @@ def _decode_over(
     return jax.shard_map(
         partial(_decode, config, smaller, method),
         mesh=mesh,
-        in_specs=(whole, whole, Request(rows, rows, rows, whole, whole, whole, whole)),
+        in_specs=(whole, whole, Request._make([rows] * 3 + [whole] * 4)),
         out_specs=rows,
         check_vma=False,
     )(params, small, job)
@@ -207,7 +209,7 @@ def advance(
     job: Request,
     state: DecodeState,
     chunk: int = CHUNK,
-    chunks: Int[Array, ""] | None = None,
+    chunks: int | Int[Array, ""] | None = None,
 ) -> DecodeState:
     """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))

@@ -4,7 +4,7 @@ A batch takes as long as its longest text. Where many wait, a row that is at its
 to the next prompt (Yu et al. 2022) instead of idling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def decode_rows(
         config, tokenizer, pad(prompts, length, tokenizer.pad_id), row_ids, options
     )
 
-    def of(rows: Sequence[int]) -> Request:
+    def of(rows: Iterable[int]) -> Request:
         """The request of some rows."""
         rows = list(rows)
         return whole._replace(
@@ -97,16 +97,17 @@ def decode_rows(
         state = _advance(config, method, CHUNK, params, job, state)
         filled += CHUNK * method.width
         done = sharding.fetch(state.done.all(1))
-        ended = np.flatnonzero(done & open_)
-        if len(ended) < (quarter if waiting else open_.sum()):
+        if done.sum() < (quarter if waiting else places):
             continue
+        ended = np.flatnonzero(done & open_)
         decoded = sharding.fetch(_ended(config, method, job, state))
         yield held[ended].tolist(), Decoded(*(leaf[ended] for leaf in decoded))
         open_[ended] = False
-        if waiting:
-            size = 1 << (len(ended).bit_length() - 1)  # few sizes, few compilations
+        free = np.flatnonzero(done)
+        while waiting and len(free) >= quarter:
+            size = 1 << (len(free).bit_length() - 1)  # few sizes, few compilations
             new, waiting = waiting[:size], waiting[size:]
-            at = ended[: len(new)]
+            at, free = free[: len(new)], free[size:]
             held[at], open_[at] = new, True
             job = of(held)
             nowhere = [places] * (size - len(new))
