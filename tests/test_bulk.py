@@ -121,14 +121,18 @@ def test_any_lengths_in_any_shards_keep_their_order(
         too_long = staticmethod(lambda ids: "long" if len(ids) > 10 else "")
 
         @staticmethod
-        def complete(prompts: Any, decode: Any, row_ids: Any):
-            assert len(prompts) <= batch_size and len({texts[i] for i in row_ids} - {""}) >= 1
-            return [
+        def complete(prompts: Any, decode: Any, row_ids: Any, draft: Any, advance: Any):
+            assert len({texts[i] for i in row_ids} - {""}) >= 1
+            assert draft is None
+            found = [
                 bulk.Generated((), "long")
                 if len(ids) > 10
                 else bulk.Generated((Hypothesis("".join(ids), 0.0, 0.0, (1,), "eos"),))
                 for ids in prompts
             ]
+            for first in range(0, len(found), batch_size):  # as they come
+                advance(dict(enumerate(found[first : first + batch_size], first)))
+            return found
 
     done: list[tuple[int, int]] = []
     options = BulkConfig(input="x", output="y", on_too_long=how, shard_rows=shard_rows)
