@@ -166,6 +166,8 @@ class Model:
         for decoded, done in looks:
             text = self.tokenizer.decode(decoded.tokens[0, 0, : decoded.length[0, 0]].tolist())
             text = before_stop(text, decode.stop) if done else settled(text, decode.stop)
+            if self.tokenizer.cleans and not done:  # the last word is
+                text = text.rpartition(" ")[0]
             if text.startswith(told) and text != told:
                 yield text[len(told) :]
                 told = text
