@@ -729,7 +729,12 @@ class BulkConfig:
     def __post_init__(self) -> None:
         in_range(self, "shard_rows", 1, 10**6)
         require(bool(self.field and self.output_field), "field and output_field need a name.")
-        require(self.field != self.output_field, f"field and output_field are both {self.field!r}.")
+        for name in ("", "_hypotheses", "_error", "_note"):
+            require(
+                self.field != self.output_field + name,
+                f"field {self.field!r} would be written over with output_field "
+                f"{self.output_field!r}; choose another output_field.",
+            )
         require(
             bool(self.input) or not self.output,
             f"output {self.output} is for the results of a file; name it in input.",

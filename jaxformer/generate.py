@@ -51,7 +51,7 @@ class Request(NamedTuple):
     prompt: Tokens
     """What an encoder reads or, without one, what the decoder is to continue."""
     limit: Int[Array, " B"]
-    row_ids: Int[Array, " B"]
+    row_ids: Int[Array, " B"] | Int[np.ndarray, " B"]
     """Rows draw from the keys of these numbers."""
     numbers: Numbers
     seed: int
@@ -160,7 +160,7 @@ def decode_batch(
     they must divide.
     """
     method, job = request(config, tokenizer, prompt, row_ids, options)
-    return _run(config, params, method, job, small)
+    return _run(config, params, method, job, options, small)
 
 
 def warm_batch(
@@ -176,17 +176,24 @@ def warm_batch(
     mesh = sharding.copies(params)
     parts = 1 if mesh is None else mesh.size
     for method, job in blanks(config, tokenizer, rows, length, options, parts):
-        _run(config, params, method, job, small)
+        _run(config, params, method, job, options, small)
 
 
 def _run(
-    config: ModelConfig, params: Any, method: Method, job: Request, small: Small | None
+    config: ModelConfig,
+    params: Any,
+    method: Method,
+    job: Request,
+    options: DecodeConfig,
+    small: Small | None,
 ) -> Decoded:
-    guesser = (None, None) if small is None else small
+    smaller = guesser = None
+    if small is not None:
+        (smaller, guesser), method = small, method._replace(guesses=options.guesses)
     mesh = sharding.copies(params)
     if mesh is None:
-        return sharding.fetch(_decode(config, guesser[0], method, params, guesser[1], job))
-    return sharding.fetch(_decode_over(mesh, config, guesser[0], method, params, guesser[1], job))
+        return sharding.fetch(_decode(config, smaller, method, params, guesser, job))
+    return sharding.fetch(_decode_over(mesh, config, smaller, method, params, guesser, job))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -205,7 +212,7 @@ def _decode_over(
     return jax.shard_map(
         partial(_decode, config, smaller, method),
         mesh=mesh,
-        in_specs=(whole, whole, Request(rows, rows, rows, whole, whole, whole, whole)),
+        in_specs=(whole, whole, Request._make([rows] * 3 + [whole] * 4)),
         out_specs=rows,
         check_vma=False,
     )(params, small, job)

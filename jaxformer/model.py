@@ -204,6 +204,8 @@ class Model:
         """
         decode = decode or self.defaults
         self._require_decoder()
+        if every < 1:
+            raise ConfigError(f"every is {every}; at least 1 token must come between two looks.")
         ids = self.prompt(prompt) if isinstance(prompt, str) else prompt
         if problem := self.too_long(ids):
             raise ConfigError(problem)
@@ -226,6 +228,8 @@ class Model:
         for decoded, done in looks:
             text = self.tokenizer.decode(decoded.tokens[0, 0, : decoded.length[0, 0]].tolist())
             text = before_stop(text, decode.stop) if done else settled(text, decode.stop)
+            if self.tokenizer.cleans and not done:  # the last word is
+                text = text.rpartition(" ")[0]
             if text.startswith(told) and text != told:
                 yield text[len(told) :]
                 told = text
@@ -640,12 +644,14 @@ def _best(results: Sequence[Generated], of: str) -> list[str]:
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops` in it.
+    """`text` up to that of `stops` in it which is whole first, however tokens cut the text.
 
     >>> before_stop("To be. Or not", [". ", " not"])
     'To be'
     """
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    places = [(text.find(stop), len(stop)) for stop in stops if stop in text]
+    first = min(places, key=lambda place: (sum(place), place), default=(len(text), 0))
+    return text[: first[0]]
 
 
 def settled(text: str, stops: Sequence[str]) -> str:

@@ -97,16 +97,17 @@ def decode_rows(
         state = _advance(config, method, CHUNK, params, job, state)
         filled += CHUNK * method.width
         done = sharding.fetch(state.done.all(1))
-        ended = np.flatnonzero(done & open_)
-        if len(ended) < (quarter if waiting else open_.sum()):
+        if done.sum() < (quarter if waiting else places):
             continue
+        ended = np.flatnonzero(done & open_)
         decoded = sharding.fetch(_ended(config, method, job, state))
         yield held[ended].tolist(), Decoded(*(leaf[ended] for leaf in decoded))
         open_[ended] = False
-        if waiting:
-            size = 1 << (len(ended).bit_length() - 1)  # few sizes, few compilations
+        free = np.flatnonzero(done)
+        while waiting and len(free) >= quarter:
+            size = 1 << (len(free).bit_length() - 1)  # few sizes, few compilations
             new, waiting = waiting[:size], waiting[size:]
-            at = ended[: len(new)]
+            at, free = free[: len(new)], free[size:]
             held[at], open_[at] = new, True
             job = of(held)
             nowhere = [places] * (size - len(new))

@@ -10,15 +10,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxformer.errors import CheckpointError
+from jaxformer.errors import CheckpointError, ConfigError
 from jaxformer.files import MAX_JSON, read_capped, replacing, writing
 
 MANIFEST = "manifest.json"
+MOST = 10**5
+"""Shards of a folder, whose manifest is then below what is read of one."""
 
 
 def ranges(rows: int, most: int, suffix: str) -> list[dict[str, Any]]:
-    """The file of each shard, and the rows of the input that it is of: at most `most`."""
+    """The file of each shard, and the rows of the input that it is of: at most `most`.
+
+    Raises `ConfigError` if they are more than a folder and its manifest should hold.
+    """
     starts = range(0, rows, most)
+    if len(starts) > MOST:
+        raise ConfigError(
+            f"{rows} rows make {len(starts)} shards of shard_rows {most}, over {MOST}; raise it to "
+            f"{-(-rows // MOST)} or more."
+        )
     return [
         {
             "file": f"part-{n:05}-of-{len(starts):05}{suffix}",
@@ -49,7 +59,7 @@ def check_same(output: Path, plan: dict[str, Any]) -> None:
     differing = [
         f"  {key}: {old.get(key)!r} there, {new[key]!r} now"
         for key in new
-        if old.get(key) != new[key] and not key.startswith("shards")
+        if old.get(key) != new[key]
     ]
     if differing:
         raise CheckpointError(

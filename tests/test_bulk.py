@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxformer
-from jaxformer import bulk, sharding
+from jaxformer import bulk, sharding, shards
 from jaxformer.cli import main
 from jaxformer.config import BulkConfig, DecodeConfig, MeshConfig
 from jaxformer.data import records
 from jaxformer.errors import CheckpointError, ConfigError, DataError
+from jaxformer.files import MAX_JSON
 from jaxformer.generate import _decode_over
 from jaxformer.model import Hypothesis, Model
 
@@ -121,18 +122,16 @@ def test_any_lengths_in_any_shards_keep_their_order(
         too_long = staticmethod(lambda ids: "long" if len(ids) > 10 else "")
 
         @staticmethod
-        def complete(
-            prompts: Any, decode: Any, row_ids: Any, draft: Any, advance: Callable[[Any], None]
-        ):
-            assert len(prompts) == len(row_ids) and draft is None
+        def complete(prompts: Any, decode: Any, row_ids: Any, draft: Any, advance: Any):
+            assert draft is None and len(row_ids) == len(prompts)
             found = [
                 bulk.Generated((), "long")
                 if len(ids) > 10
                 else bulk.Generated((Hypothesis("".join(ids), 0.0, 0.0, (1,), "eos"),))
                 for ids in prompts
             ]
-            for at in range(0, len(found), batch_size):
-                advance(dict(list(enumerate(found))[at : at + batch_size]))
+            for first in range(0, len(found), batch_size):  # as they come
+                advance(dict(enumerate(found[first : first + batch_size], first)))
             return found
 
     done: list[tuple[int, int]] = []
@@ -344,6 +343,28 @@ def test_parquet_in_and_out(model: Model, tmp_path: Path, words: Path):
             run(tmp_path / "bad.parquet", tmp_path / "bad")
     with pytest.raises(DataError, match="no column 'txt', only 'n', 'text'"):
         run(source, tmp_path / "bad", field="txt")
+
+
+def test_columns_that_stand_twice_are_told(tmp_path: Path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="two columns 'text'; rename one"):
+        run(tmp_path / "x.parquet", tmp_path / "out")
+
+
+def test_no_more_shards_than_a_manifest_holds():
+    most = shards.ranges(shards.MOST, 1, ".parquet")
+    assert len(json.dumps({"shards": most}, indent=1)) < MAX_JSON - 2**20
+    assert len(shards.ranges(shards.MOST + 1, 2, ".jsonl")) == shards.MOST // 2 + 1
+    with pytest.raises(ConfigError, match="raise it to 2 or more"):
+        shards.ranges(shards.MOST + 1, 1, ".jsonl")
+
+
+def test_what_is_written_does_not_cover_what_is_read():
+    for field in ("output", "output_error", "output_note", "output_hypotheses"):
+        with pytest.raises(ConfigError, match="would be written over"):
+            BulkConfig(input="x", output="y", field=field)
 
 
 def test_without_pyarrow_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

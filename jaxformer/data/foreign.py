@@ -79,6 +79,10 @@ class ForeignTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return max(self.reader.size, self.writer.size)
 
+    @property
+    def cleans(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self.writer, "clean", False)
+
     def encode(self, text: str) -> list[int]:
         return self.reader.encode(text)
 

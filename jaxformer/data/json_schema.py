@@ -4,6 +4,7 @@ What a regular language cannot say, or this does not know, is refused and never 
 """
 
 import json
+import math
 import re
 from typing import Any
 
@@ -25,6 +26,8 @@ SCALARS = {
     "boolean": "(?:true|false)",
     "null": "null",
 }
+TYPES = {"null": type(None), "boolean": bool, "integer": int, "number": (int, float),
+         "string": str, "array": list, "object": dict}  # fmt: skip
 NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs",
          "definitions", "deprecated", "readOnly", "writeOnly"}  # fmt: skip
 """Keywords that say nothing about what is valid."""
@@ -37,10 +40,16 @@ def to_regex(text: str) -> str:
     saying where, for what is malformed, recursive or not known here.
     """
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"json_schema is not JSON ({e}).") from None
     return _Writer(schema).value(schema, "#", 0)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is no number of JSON, or too large")
+    return value
 
 
 class _Writer:
@@ -66,9 +75,9 @@ class _Writer:
             case {"$ref": str(target), **rest} if not rest:
                 return self.value(self._resolve(target, at), target, depth + 1)
             case {"const": value, **rest} if rest.keys() <= {"type"}:
-                return _literal(value)
+                return _either(self._of_type([value], rest, at))
             case {"enum": list(values), **rest} if values and rest.keys() <= {"type"}:
-                return _either(map(_literal, values))
+                return _either(self._of_type(values, rest, at))
             case {"anyOf": list(options), **rest} if options and not rest:
                 return _either(
                     self.value(o, f"{at}/anyOf/{i}", depth + 1) for i, o in enumerate(options)
@@ -96,6 +105,17 @@ class _Writer:
             "integer, boolean, null; array with items, minItems, maxItems; object with properties, "
             "required, additionalProperties false), enum, const, anyOf or $ref."
         )
+
+    def _of_type(self, values: list[Any], rest: dict[str, Any], at: str) -> list[str]:
+        """Those of `values` that are of the type in `rest`, if there is one."""
+        named = rest.get("type", list(TYPES))
+        kinds = named if isinstance(named, list) else [named]
+        found = [_literal(value) for value in values if any(_is(value, kind) for kind in kinds)]
+        if not found:
+            raise ConfigError(
+                f"json_schema: {at}: no value of {values!r:.80} is of type {named!r}."
+            )
+        return found
 
     def _resolve(self, target: str, at: str) -> Any:
         found = self.root
@@ -131,7 +151,9 @@ class _Writer:
         return some if least else rf"(?:\[\]|{some})"
 
     def _object(self, properties: dict[str, Any], required: Any, at: str, depth: int) -> str:
-        if not isinstance(required, list) or not set(required) <= properties.keys():
+        if not isinstance(required, list) or not all(
+            isinstance(name, str) and name in properties for name in required
+        ):
             raise ConfigError(f"json_schema: {at}/required must list names of its properties.")
         fields = [
             (
@@ -148,6 +170,15 @@ class _Writer:
                 f"{field}{after}" if must else f"(?:{field}{after}|{first})",
             )
         return rf"\{{{first}\}}"
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type of JSON Schema, where 1.0 is an integer and true is none."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(kind, str) and isinstance(value, TYPES.get(kind, ()))
 
 
 def _literal(value: Any) -> str:

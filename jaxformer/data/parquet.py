@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ def survey(layout: Layout, *, strict: bool) -> Survey:
         names = table.schema_arrow.names
         if layout.field not in names:
             raise DataError(f"{layout.path} has no column {layout.field!r}, only {listed(names)}.")
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise DataError(f"{layout.path} has two columns {twice[0]!r}; rename one of them.")
         if taken := [name for name in layout.added if name in names]:
             raise DataError(
                 f"{layout.path} has a column {taken[0]!r} already; choose another output_field."

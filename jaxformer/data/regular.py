@@ -16,6 +16,7 @@ from jaxformer.errors import ConfigError
 # The one parser that agrees with re.fullmatch in everything is its own.
 parser: Any = re._parser  # pyright: ignore
 compiler: Any = re._compiler  # pyright: ignore
+combine: Any = compiler._combine_flags
 MAX_NODES = 2**15
 
 
@@ -60,10 +61,13 @@ class Graph:
                     self.silent[self.sequence(branch, flags, at)].append(end)
                 return end
             case "SUBPATTERN", (_, added, removed, inner):
-                return self.sequence(inner, (flags | added) & ~removed, at)
+                return self.sequence(inner, combine(flags, added, removed), at)
             case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
+                size = len(self.silent)
                 for _ in range(least):
                     at = self.sequence(inner, flags, at)
+                    if len(self.silent) == size:  # it reads nothing, however often
+                        return at
                 if most is parser.MAXREPEAT:
                     begin, end = self.node(), self.node()
                     self.silent[at].append(begin)
@@ -73,7 +77,10 @@ class Graph:
                 end = self.node()
                 for _ in range(most - least):
                     self.silent[at].append(end)
+                    size = len(self.silent)
                     at = self.sequence(inner, flags, at)
+                    if len(self.silent) == size:
+                        break
                 self.silent[at].append(end)
                 return end
         raise ConfigError(

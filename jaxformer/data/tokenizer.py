@@ -39,6 +39,8 @@ class Tokenizer(Protocol):
     """Ids that stand for no text."""
     chat_template: str | None = None
     """How a conversation is written, in jinja2's language."""
+    cleans: bool = False
+    """Whether a space of a text may go, for the sake of what follows it."""
 
     @property
     def vocab_size(self) -> int: ...

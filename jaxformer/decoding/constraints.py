@@ -52,16 +52,20 @@ def constrained(table: Table, limit: Int[Array, " B"]) -> Processor:
 
 
 def stopping(table: Table) -> Processor:
-    """End a hypothesis as soon as `table` accepts what it has spelt."""
+    """End a hypothesis as soon as `table` accepts what it has spelt.
+
+    A token that the table does not know changes nothing: it cannot be forbidden.
+    """
     following, class_of, need = map(jnp.asarray, table)
 
-    def ends(state, token):
-        after = following[state.reshape(*state.shape, *(1,) * (token.ndim - 2)), class_of[token]]
-        return (after >= 0) & (need[after] == 0)
+    def move(state, token):
+        state = state.reshape(*state.shape, *(1,) * (token.ndim - 2))
+        after = following[state, class_of[token]]
+        return jnp.where(after >= 0, after, state)
 
     return Processor(
         lambda b, w: jnp.zeros((b, w), jnp.int32),
         lambda logits, _: logits,
-        lambda state, token: following[state, class_of[token]],
-        ends,
+        move,
+        lambda state, token: need[move(state, token)] == 0,
     )

@@ -152,6 +152,11 @@ def _ordered(value: Any, schema: Any) -> Any:
         ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["b"]}, "required"),
         ({"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": True},
          "additionalProperties"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": [[]]}, "required"),
+        ({"type": "integer", "enum": ["a", True, 1.5]}, "no value .* is of type 'integer'"),
+        ({"type": "string", "const": 5}, "no value"),
+        ('{"const": NaN}', "NaN is no number of JSON"),
+        ('{"const": 1e999}', "1e999 is no number of JSON, or too large"),
         ({"type": "array", "items": {"$ref": "#"}}, "recursive"),
         ({"$ref": "#/$defs/none"}, "not there"),
         ({"type": "string", "pattern": "^.$"}, "quotes"),
@@ -164,3 +169,10 @@ def _ordered(value: Any, schema: Any) -> Any:
 def test_what_it_does_not_know_is_refused(schema, message):
     with pytest.raises(ConfigError, match=message):
         to_regex(schema if isinstance(schema, str) else json.dumps(schema))
+
+
+def test_values_of_another_type_are_left_out():
+    schema = {"type": ["integer", "null"], "enum": [1, "a", True, None, 2.0, [3]]}
+    texts = ["1", '"a"', "true", "null", "2.0", "[3]"]
+    pattern = to_regex(json.dumps(schema))
+    assert [t for t in texts if re.fullmatch(pattern, t)] == ["1", "null", "2.0"]

@@ -43,6 +43,7 @@ def test_an_automaton_accepts_what_fullmatch_does(pattern, words):
         ("(?i)ß|k", ["ẞ", "K", "\u212a"], ["ss"]),
         ("(?s).", ["\n", "😀"], ["ab"]),
         ("(?a:\\d)", ["1"], ["٣"]),
+        ("(?a)(?u:\\w)", ["a", "é"], ["ab"]),
         ("(a*)*b", ["b", "aab"], ["a"]),
         ("[\ud7ff-\ue000]", ["\ud7ff", "\ue000"], ["\ue001"]),
     ],
@@ -51,6 +52,11 @@ def test_corners(pattern, accepted, refused):
     for text in [*accepted, *refused]:
         assert from_regex(pattern).accepts(text) == (text in accepted)
         assert bool(re.fullmatch(pattern, text)) == (text in accepted)
+
+
+def test_what_reads_nothing_may_be_repeated_for_ever():
+    found = from_regex("((){60000}){60000}a(?:()){0,4000000000}b?")  # Python would take years
+    assert [text for text in ("", "a", "ab", "b") if found.accepts(text)] == ["a", "ab"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_decoder import EOS, hypotheses, lengthen, sequences, strategy_named, toy
 
-from jaxformer.decoding.constraints import Table, constrained
+from jaxformer.decoding.constraints import Table, constrained, stopping
 from jaxformer.decoding.loop import Finish
 
 STATES, LENGTH = 5, 4
@@ -91,3 +91,16 @@ def test_another_table_of_the_same_size_compiles_nothing():
     for seed in range(5):
         compiled("greedy", 1)(toy(seed), random_table(seed, 5), np.full(2, 4, np.int32), 0.6)
     assert compiled("greedy", 1)._cache_size() == 1
+
+
+def test_a_token_that_the_table_of_stops_does_not_know_changes_nothing():
+    """Nor does it end a text: it cannot be forbidden."""
+    following = np.array([[-1, 1, 0], [-1, 1, 2], [-1, 2, 2]])  # class 1, then class 2
+    processor = stopping(Table(following, np.array([0, 1, 2]), np.array([2, 1, 0])))
+    state = processor.init(1, 1)
+    for token, ends in ((0, False), (2, False), (1, False), (0, False), (2, True)):
+        each = jnp.array([[token]])
+        assert bool(processor.ends(state, each)[0, 0]) == ends
+        every = processor.ends(state, jnp.arange(3)[None, None])  # of all tokens at once
+        assert bool(every[0, 0, token]) == ends
+        state = processor.update(state, each)
