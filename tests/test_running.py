@@ -28,7 +28,7 @@ GREEDY = DecodeConfig()
 SAMPLE = DecodeConfig(temperature=1.2, seed=3)
 SAMPLES = DecodeConfig(samples=2, n_best=2, seed=5)
 BEAMS = DecodeConfig(beams=3, n_best=3)
-STOPPED = DecodeConfig(stop=("ab", "dd", "ecb", "cc"))
+STOPPED = DecodeConfig(stop=("dd", "aaaaaaaa", "bbbb", "acbb"))
 """Of greedy texts, some end soon."""
 
 
