@@ -272,22 +272,31 @@ def test_beginnings_and_pieces(way: DecodeConfig, begin: str):
         check_prompts(dataclasses.replace(way, max_length=12), begin, prefill)
 
 
-def check_draft(
-    monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig, seeds: tuple[int, ...] = (0, 1)
-) -> None:
+def check_draft(monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig) -> None:
     """A draft model guesses, and changes no text; a good one saves passes."""
     made, prompts = model(kind), [*texts(5, 14), "a" * (LONGEST - 3)]
     ids, guessed = list(map(made.prompt, prompts)), []
     real: Any = generate.draft
     monkeypatch.setattr(generate, "draft", lambda *a: guessed.append(a[-1]) or real(*a))
-    for seed in seeds:  # the model itself, and another
+    for seed in (0, 1):  # the model itself, and another
         found = made.complete(ids, way, draft=model(kind, seed))
         assert outcomes(found) == outcomes(made.complete(ids, way))
     assert set(guessed) == {way.guesses}
 
 
-def test_a_draft_model_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    check_draft(monkeypatch, "decoder-only", dataclasses.replace(GREEDY, guesses=3), (1,))
+def test_a_draft_model_is_asked(monkeypatch: pytest.MonkeyPatch):
+    class Asked(Exception):
+        pass
+
+    def decode(config: Any, smaller: Any, method: Any, *_: Any) -> Any:
+        raise Asked(smaller, method.guesses)
+
+    monkeypatch.setattr(generate, "_decode", decode)  # compiles nothing
+    made = model()
+    for draft, guesses in ((made, 3), (None, 0)):
+        with pytest.raises(Asked) as asked:
+            made.generate(["a"], DecodeConfig(guesses=3), draft=draft)
+        assert asked.value.args == (draft and draft.config, guesses)
 
 
 @pytest.mark.slow
