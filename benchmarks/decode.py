@@ -23,7 +23,9 @@ from typing import Any
 LENGTH = 64
 THREADS = os.cpu_count() or 1
 WHOLE = [("t5", 1, 1), ("t5", 8, 1), ("t5", 32, 1), ("t5", 1, 4), ("t5", 8, 4), ("t5", 32, 4),
-         ("llama", 1, 1), ("llama", 8, 1)]  # model, rows, beams  # fmt: skip
+         ("llama", 1, 1), ("llama", 8, 1),
+         ("t5 int8", 1, 1), ("t5 int8", 8, 1), ("t5 int8", 32, 1)]  # model, rows, beams  # fmt: skip
+"""With int8 weights, against those of CTranslate2; the tokens of two roundings differ."""
 PEERS = ("transformers", "ctranslate2")
 
 
@@ -42,14 +44,16 @@ def jaxformer(folder: Path) -> Any:
     from jaxformer.config import DecodeConfig
     from jaxformer.generate import decode_batch, prepare
     from jaxformer.loading import load_weights
+    from jaxformer.nn.quantize import quantize
 
     models = {}
 
     def run(model: str, rows: int, beams: int) -> list[int]:
         if model not in models:
-            config, params = load_weights(folder / model)
-            models[model] = config, prepare(params)
-        stop = 1 if model == "t5" else 2
+            name, _, rounded = model.partition(" ")
+            config, params = load_weights(folder / name)
+            models[model] = config, prepare(quantize(params) if rounded else params)
+        stop = 2 if model == "llama" else 1
         special: Any = SimpleNamespace(start_id=0, pad_id=0, stop_ids=(stop,))
         options = DecodeConfig(beams=beams, max_length=LENGTH, min_length=LENGTH)
         batch = pad(prompts(rows), LENGTH, 0)
@@ -87,14 +91,15 @@ def ctranslate2(folder: Path) -> Any:
     models = {}
 
     def run(model: str, rows: int, beams: int) -> list[int]:
-        kind = ctranslate2.Translator if model == "t5" else ctranslate2.Generator
+        name, _, rounded = model.partition(" ")
+        kind = ctranslate2.Generator if name == "llama" else ctranslate2.Translator
         if model not in models:
             models[model] = kind(
-                str(folder / f"{model}.ct2"), device="cpu", compute_type="float32",
+                str(folder / f"{name}.ct2"), device="cpu", compute_type=rounded or "float32",
                 inter_threads=1, intra_threads=THREADS,
             )  # fmt: skip
         words = [[f"t{i}" for i in row] for row in prompts(rows)]
-        if model == "t5":
+        if name == "t5":
             found = models[model].translate_batch(
                 words, beam_size=beams, max_batch_size=0,
                 min_decoding_length=LENGTH, max_decoding_length=LENGTH,
@@ -254,7 +259,10 @@ def main() -> None:
         name = f"{model} {'beam ' + str(beams) if beams > 1 else 'greedy'} batch {rows}"
         if options.only not in name:
             continue
-        result = compare(workers, case, options.runs)
+        able = dict(workers)
+        if model.endswith("int8"):
+            able.pop("transformers", None)
+        result = compare(able, case, options.runs)
         results.append({"name": name, **result})
         times = "  ".join(
             f"{each} {1e3 * s['alternated']:.0f}/{1e3 * s['alone']:.0f} ms"

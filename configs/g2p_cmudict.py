@@ -14,9 +14,9 @@ def get_config() -> TrainConfig:
     """The quick default: an encoder-decoder of a million parameters."""
     return TrainConfig(
         run_dir="runs/g2p",
-        steps=1100,
-        eval_every=550,
-        save_every=550,
+        steps=900,
+        eval_every=450,
+        save_every=450,
         metrics=("wer", "per"),
         model=ModelConfig(
             n_encoder_layers=2,

@@ -444,9 +444,11 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
         decode = read_decode(argv[argv.index("--run") + 1])
     # An option of beam search or of sampling sets aside what the run says of the other.
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
-    if given & {"samples", "temperature", "top_k", "top_p", "min_p"}:
+    if given & {"samples", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"}:
         # One is drawn though the option's value be the usual one: --temperature 1.
-        decode = dataclasses.replace(decode, beams=1, n_best=1, samples=max(decode.samples, 1))
+        decode = dataclasses.replace(decode.single, samples=max(decode.samples, 1))
+    elif given & {"contrastive", "lookup", "draft", "stream"}:
+        decode = decode.single
     elif "beams" in given:
         decode = dataclasses.replace(
             decode, samples=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, n_best=1

@@ -694,6 +694,13 @@ class DecodeConfig:
         return self.samples > 0 or any(getattr(self, name) != off[name] for name in off)
 
     @property
+    def single(self) -> "DecodeConfig":
+        """The same with one hypothesis for each text, neither searched for nor chosen of many."""
+        return dataclasses.replace(
+            self, beams=1, groups=1, n_best=1, samples=min(self.samples, 1), mbr=False
+        )
+
+    @property
     def width(self) -> int:
         """Hypotheses kept for each text."""
         return max(self.beams, self.samples)

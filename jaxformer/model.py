@@ -199,10 +199,11 @@ class Model:
 
         The pieces together are what `generate` returns for the text of row `row`; there may be one
         after each `every` tokens. A character whose bytes are not all there, and what may be the
-        beginning of a stop text, are held back. Raises `ConfigError` for a prompt that is too long,
-        and for ways to decode in which no text is settled before the end.
+        beginning of a stop text, are held back. Without `decode`, a run's beams are not searched.
+        Raises `ConfigError` for a prompt that is too long, and for ways to decode in which no text
+        is settled before the end.
         """
-        decode = decode or self.defaults
+        decode = decode or self.defaults.single
         self._require_decoder()
         if every < 1:
             raise ConfigError(f"every is {every}; at least 1 token must come between two looks.")
@@ -276,7 +277,7 @@ class Model:
         `row_ids` are the rows whose keys they draw from, if those do not follow `first_row`.
         `advance` is told of results, by the number of their prompt, as they come.
         """
-        decode = decode or self.defaults
+        decode = decode or (self.defaults if draft is None else self.defaults.single)
         self._require_decoder()
         small = None if draft is None else self._smaller(draft, decode)
         results = [Generated((), self.too_long(ids)) for ids in prompts]

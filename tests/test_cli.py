@@ -411,6 +411,19 @@ def test_an_option_of_sampling_samples_whatever_its_value(command: Any):
     assert one == same != other
 
 
+def test_a_way_of_one_hypothesis_sets_aside_a_run_s_beams(command: Any, tmp_path: Path):
+    shutil.copytree("reversing", tmp_path / "run")
+    options = json.loads((tmp_path / "run" / "config.json").read_text())
+    decode = DecodeConfig(beams=4, groups=2, n_best=2, max_length=4)
+    options["decode"] = dataclasses.asdict(decode)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(options))
+    run, given = ("--run", str(tmp_path / "run")), b"abc\nde"
+    greedy = command("generate", *RUN, "--max_length", "4", given=given)[1]
+    for way in (("--stream",), ("--lookup", "2"), ("--draft", "reversing")):
+        assert command("generate", *run, *way, given=given) == (0, greedy, "")
+    assert "".join(jaxformer.load(run[1]).stream("abc")) == greedy.splitlines()[0]
+
+
 def test_a_path_that_cannot_be_is_no_run(command: Any):
     code, out, errors = command("generate", "--run", "a" * 5000, given=b"abc")
     assert (code, out) == (4, "") and "Traceback" not in errors
