@@ -25,7 +25,7 @@ THREADS = os.cpu_count() or 1
 WHOLE = [("t5", 1, 1), ("t5", 8, 1), ("t5", 32, 1), ("t5", 1, 4), ("t5", 8, 4), ("t5", 32, 4),
          ("llama", 1, 1), ("llama", 8, 1),
          ("t5 int8", 1, 1), ("t5 int8", 8, 1), ("t5 int8", 32, 1)]  # fmt: skip
-"""Model, rows, beams; with int8 weights against those of CTranslate2; the tokens of two roundings differ."""
+"""Model, rows, beams; int8 weights against those of CTranslate2, whose tokens are not the same."""
 PEERS = ("transformers", "ctranslate2")
 
 
