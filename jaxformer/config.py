@@ -570,7 +570,8 @@ class DecodeConfig:
     """JSON Schema of what every text is (on the command line also @FILE): objects have their
     properties in this order and no others."""
     stop: tuple[str, ...] = ()
-    """Texts at which generation ends; each is cut off, with what its last token has after it."""
+    """Texts at which generation ends, whatever min_length and constraints still ask for; each is
+    cut off, with what its last token has after it."""
     token_log_probs: bool = False
     """Tell the log-probability of each token of the hypotheses, by one more pass over them."""
     alternatives: int = 0
