@@ -366,31 +366,24 @@ def test_lengths_compile_once_a_bucket(kind: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
-def test_rows_and_beginnings_compile_once_a_power_of_two(kind: str):
-    writer, before = unlike(kind, 53), compiled()
+def test_rows_and_beginnings_compile_once_a_power_of_two():
+    writer, before = unlike("decoder-only", 53), compiled()
     for rows in range(1, 9):
         writer.hypotheses([TEXTS[i % 7] for i in range(rows)], GREEDY)
     assert compiled() - before == 4  # 1, 2, 4 and 8
     for alike in range(40):
         writer.hypotheses(beginning_alike(alike, 8), GREEDY)
-    assert compiled() - before == 4 + (2 if kind == "decoder-only" else 1)  # none, or 32 tokens
+    assert compiled() - before == 4 + 2  # none, or 32 tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "way",
+    ("kind", "way"),
     [
-        pytest.param(way, id=name, marks=() if name == "sample" else pytest.mark.slow)
-        for name, way in {
-            **WAYS,
-            "lookup": DecodeConfig(lookup=3),
-            "stop": DecodeConfig(stop=("ab",), bad_words=("cc",)),
-            "regex": DecodeConfig(regex="[a-e]*"),
-        }.items()
+        ("decoder-only", DecodeConfig(samples=2, n_best=2)),
+        ("decoder-only", DecodeConfig(lookup=3, regex="[a-e]*")),
+        ("encoder-decoder", DecodeConfig(beams=3, stop=("ab",), bad_words=("cc",))),
     ],
-)
-@pytest.mark.parametrize(
-    "kind", ["decoder-only", pytest.param("encoder-decoder", marks=pytest.mark.slow)]
 )
 def test_after_warmup_nothing_is_compiled(kind: str, way: DecodeConfig):
     writer = unlike(kind, 24)
@@ -409,8 +402,14 @@ def test_after_warmup_nothing_is_compiled(kind: str, way: DecodeConfig):
 
 
 @pytest.mark.slow
-@ways
-@pytest.mark.parametrize("kind", ["decoder-only", "encoder-decoder"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("decoder-only", DecodeConfig(beams=3)),
+        ("decoder-only", DecodeConfig(contrastive=3)),
+        ("encoder-decoder", DecodeConfig(samples=2, n_best=2)),
+    ],
+)
 def test_warmup_is_for_any_beginning_and_more_texts_than_are_decoded_at_once(
     kind: str, way: DecodeConfig
 ):
@@ -425,6 +424,7 @@ def test_warmup_is_for_any_beginning_and_more_texts_than_are_decoded_at_once(
     assert not anew
 
 
+@pytest.mark.slow
 def test_warmup_takes_what_fits():
     writer = unlike("decoder-only", 23)
     assert writer.warmup(GREEDY, (99,), (1,)) == [(1, 32)]

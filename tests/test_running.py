@@ -23,7 +23,6 @@ from jaxformer.nn import transformer
 
 LETTERS, BYTES = SymbolTokenizer(tuple("abcde"), ""), ByteTokenizer()
 LONGEST = 64
-KINDS = ["encoder-decoder", "decoder-only"]
 GREEDY = DecodeConfig()
 SAMPLE = DecodeConfig(temperature=1.2, seed=3)
 SAMPLES = DecodeConfig(samples=2, n_best=2, seed=5)
@@ -95,12 +94,12 @@ def test_what_is_streamed_is_what_is_generated():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [(), ("b",), ("é", "ab"), ("a ", "  a", "ba€"), ("e", "cde", "d")])
+@pytest.mark.parametrize("stop", [(), ("é", "ab"), ("e", "cde", "d", "ba€")])
 @pytest.mark.parametrize("tokenizer", [LETTERS, BYTES], ids=["letters", "bytes"])
 def test_any_way_of_looking_streams_the_same(tokenizer: Tokenizer, stop: tuple[str, ...]):
     made, prompts = model(tokenizer=tokenizer), ["a", "bcc", "d e"]
     for way in (dataclasses.replace(way, stop=stop) for way in (GREEDY, SAMPLE)):
-        for every in (1, 5, 100):
+        for every in (1, 5):
             pieces = streamed(made, prompts, way, every)
             assert ["".join(each) for each in pieces] == made.generate(prompts, way)
     for options in ({"every": 0}, {"decode": BEAMS}, {"decode": DecodeConfig(lookup=2)}):
@@ -194,24 +193,19 @@ def check_rows(
             assert (h.score, h.log_prob) == pytest.approx((g.score, g.log_prob), abs=1e-3)
 
 
-def test_a_row_in_another_s_place_is_as_alone(monkeypatch: pytest.MonkeyPatch):
-    check_rows(monkeypatch, "decoder-only", STOPPED, texts(14, 6))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "way",
+    ("kind", "way"),
     [
-        STOPPED,
-        SAMPLE,
-        dataclasses.replace(BEAMS, stop=("ab", "ce")),
-        SAMPLES,
-        DecodeConfig(beams=3, samples=1, n_best=3, seed=7),
-        dataclasses.replace(SAMPLE, no_repeat_ngram=3, encoder_no_repeat_ngram=2, min_length=3,
-                            repetition_penalty=1.2, forced_last=LETTERS.eos_id),
+        ("decoder-only", STOPPED),
+        ("decoder-only", SAMPLES),
+        ("decoder-only", DecodeConfig(beams=3, samples=1, n_best=3, seed=7)),
+        ("decoder-only",
+         dataclasses.replace(SAMPLE, no_repeat_ngram=3, encoder_no_repeat_ngram=2, min_length=3,
+                             repetition_penalty=1.2, forced_last=LETTERS.eos_id)),
+        ("encoder-decoder", STOPPED),
+        ("encoder-decoder", dataclasses.replace(BEAMS, stop=("ab", "ce"))),
     ],
-    ids=["greedy", "sample", "beams", "samples", "beam_sample", "penalties"],
 )  # fmt: skip
 def test_rows_in_others_places_are_as_alone(
     monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig
@@ -258,17 +252,11 @@ def check_prompts(way: DecodeConfig, begin: str, prefill: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_beginning_read_once_and_the_rest_in_pieces():
-    check_prompts(dataclasses.replace(SAMPLES, max_length=12), "abcde" * 8, 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("begin", ["abcde" * 8, "abcde" * 5])
 @pytest.mark.parametrize(
     "way", [GREEDY, SAMPLES, BEAMS, DecodeConfig(contrastive=3), DecodeConfig(lookup=3)]
 )
-def test_beginnings_and_pieces(way: DecodeConfig, begin: str):
-    for prefill in (8, 5, 512):
+def test_beginnings_and_pieces(way: DecodeConfig):
+    for begin, prefill in (("abcde" * 8, 8), ("abcde" * 8, 512), ("abcde" * 5, 5)):
         check_prompts(dataclasses.replace(way, max_length=12), begin, prefill)
 
 
@@ -300,16 +288,15 @@ def test_a_draft_model_is_asked(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "way",
+    ("kind", "way"),
     [
-        GREEDY,
-        SAMPLE,
-        dataclasses.replace(SAMPLE, guesses=1, stop=("ab", "dd"), repetition_penalty=1.2,
-                            no_repeat_ngram=3, frequency_penalty=0.2, forced_last=LETTERS.eos_id),
+        ("decoder-only", GREEDY),
+        ("encoder-decoder", SAMPLE),
+        ("decoder-only",
+         dataclasses.replace(SAMPLE, guesses=1, stop=("ab", "dd"), repetition_penalty=1.2,
+                             no_repeat_ngram=3, frequency_penalty=0.2, forced_last=LETTERS.eos_id)),
     ],
-    ids=["greedy", "sample", "stops and penalties"],
 )  # fmt: skip
 def test_draft_models_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig):
     check_draft(monkeypatch, kind, way)
