@@ -374,7 +374,7 @@ def test_a_directory_that_cannot_be_written(
 def test_signals_end_a_command_on_a_run(command: Any, monkeypatch: pytest.MonkeyPatch):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        monkeypatch.setattr(Model, "hypotheses", lambda *_, n=number, **__: signal.raise_signal(n))
+        monkeypatch.setattr(Model, "complete", lambda *_, n=number, **__: signal.raise_signal(n))
         for name in ("generate", "evaluate"):
             code, out, errors = command(name, *RUN, given=b"abc")
             assert (code, out) == (75, "")
@@ -650,7 +650,7 @@ def wait(*arguments, **options):
     print("generating", flush=True)
     threading.Event().wait()
 
-Model.hypotheses = wait
+Model.complete = wait
 sys.stdin = io.TextIOWrapper(io.BytesIO(b"abc"))
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -396,7 +396,7 @@ def train(config: Path) -> "subprocess.Popen[str]":
 
 TELLING = """
 import sys
-from jaxformer import cli, generate
+from jaxformer import cli, running
 from jaxformer.training import step
 
 def telling(module, name, said):
@@ -407,7 +407,7 @@ def telling(module, name, said):
     setattr(module, name, told)
 
 telling(step, "loss_sums", "tracing")
-telling(generate, "_decode", "decoding")
+telling(running, "_begin", "decoding")
 sys.exit(cli.main(["train", "--config", sys.argv[1]]))
 """
 """Train, saying when a step is being compiled and when texts are being decoded."""
