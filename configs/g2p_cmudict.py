@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             spell=True,
             tokenizer="word",
             valid_fraction=0.05,
-            pack=True,  # a batch has words of all lengths, and needs a third fewer steps for it
+            pack=True,  # a batch has words of all lengths, and all batches one shape
             buckets=(32,),
             batch_tokens=3072,
         ),

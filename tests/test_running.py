@@ -261,7 +261,7 @@ def test_beginnings_and_pieces(way: DecodeConfig):
 
 
 def check_draft(monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig) -> None:
-    """A draft model guesses, and changes no text; a good one saves passes."""
+    """A draft model guesses, and changes no text."""
     made, prompts = model(kind), [*texts(5, 14), "a" * (LONGEST - 3)]
     ids, guessed = list(map(made.prompt, prompts)), []
     real: Any = generate.draft
