@@ -231,7 +231,7 @@ def _decode(
     if method.guesses:
         return _speculate(config, smaller, method, params, small, job)
     state = begin(config, method, params, job)
-    return ended(config, method, job, advance(config, method, params, job, state))
+    return ended(method, job, advance(config, method, params, job, state))
 
 
 def begin(
@@ -272,7 +272,7 @@ def advance(
     )
 
 
-def ended(config: ModelConfig, method: Method, job: Request, state: DecodeState) -> Decoded:
+def ended(method: Method, job: Request, state: DecodeState) -> Decoded:
     return _strategy(method, job.numbers).finish(state)
 
 

@@ -210,11 +210,7 @@ class Model:
         ids = self.prompt(prompt) if isinstance(prompt, str) else prompt
         if problem := self.too_long(ids):
             raise ConfigError(problem)
-        if decode.width > 1 or decode.contrastive or decode.lookup:
-            raise ConfigError(
-                "a text is streamed as greedy decoding or one sample writes it; leave beams, "
-                "samples, contrastive and lookup as they are."
-            )
+        _require_single(decode, "stream")
         return self._streamed(ids, decode, every, row)
 
     def _streamed(
@@ -447,11 +443,7 @@ class Model:
             )
         if draft.config.n_decoder_layers == 0 or draft.config.kind != self.config.kind:
             raise ConfigError(f"the draft model is {draft.config.kind}, not {self.config.kind}.")
-        if decode.width > 1 or decode.contrastive or decode.lookup:
-            raise ConfigError(
-                "a draft model speeds up greedy decoding and one sample; leave beams, samples, "
-                "contrastive and lookup as they are."
-            )
+        _require_single(decode, "a draft model")
         return Small(draft.config, draft._prepared)
 
     def _require_decoder(self) -> None:
@@ -642,6 +634,14 @@ def _best(results: Sequence[Generated], of: str) -> list[str]:
         if result.error:
             warnings.warn(f"{of} {i}: {result.error}", stacklevel=3)
     return [r.hypotheses[0].text if r.hypotheses else "" for r in results]
+
+
+def _require_single(decode: DecodeConfig, use: str) -> None:
+    if decode.width > 1 or decode.contrastive or decode.lookup:
+        raise ConfigError(
+            f"{use} is for greedy decoding and one sample; leave beams, samples, contrastive and "
+            "lookup as they are."
+        )
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

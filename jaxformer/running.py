@@ -48,7 +48,7 @@ def stream_batch(
     done = False
     while not done:
         state = _advance(config, method, every, params, job, state)
-        decoded, done = sharding.fetch((_ended(config, method, job, state), state.done.all()))
+        decoded, done = sharding.fetch((_ended(method, job, state), state.done.all()))
         yield Look(decoded, bool(done))
 
 
@@ -100,7 +100,7 @@ def decode_rows(
         if done.sum() < (quarter if waiting else places):
             continue
         ended = np.flatnonzero(done & open_)
-        decoded = sharding.fetch(_ended(config, method, job, state))
+        decoded = sharding.fetch(_ended(method, job, state))
         yield held[ended].tolist(), Decoded(*(leaf[ended] for leaf in decoded))
         open_[ended] = False
         free = np.flatnonzero(done)
@@ -126,7 +126,7 @@ def warm_rows(
         state = _begin(config, method, CHUNK, params, job)
         state = _slide(int(state.cache.cache.filled), state, 0)
         state = _advance(config, method, CHUNK, params, job, state)
-        sharding.fetch((state.done.all(1), _ended(config, method, job, state)))
+        sharding.fetch((state.done.all(1), _ended(method, job, state)))
         size = max(places // 4, 1)
         while size <= places:
             fresh = job._replace(
@@ -162,9 +162,9 @@ def _advance(
     return generate.advance(config, method, params, job, state, chunk, 1)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _ended(config: ModelConfig, method: Method, job: Request, state: DecodeState) -> Decoded:
-    return generate.ended(config, method, job, state)
+@partial(jax.jit, static_argnums=0)
+def _ended(method: Method, job: Request, state: DecodeState) -> Decoded:
+    return generate.ended(method, job, state)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnames="state")
