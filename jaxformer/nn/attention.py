@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 from jaxformer.config import ModelConfig
 from jaxformer.nn import functional as f
 from jaxformer.nn.cache import KV, write
-from jaxformer.nn.layers import Linear, Norm, constrain
+from jaxformer.nn.layers import Linear, Norm, constrain, together
 from jaxformer.nn.positions import rotate
 
 
@@ -44,7 +44,11 @@ class Attention(nn.Module):
 
         # Whatever the attention scale, logits start the same: the initial queries make up for it.
         gain = h**-0.5 / cfg.query_scale
-        query = Linear(cfg, d, (cfg.n_heads, h), axes, cfg.qkv_bias, gain, name="query")(x)
+        heads, kv_heads = (cfg.n_heads, h), (cfg.kv_heads, h)
+        x = x.astype(cfg.compute_dtype)
+        sizes = {"query": cfg.n_heads * h, "key": cfg.kv_heads * h, "value": cfg.kv_heads * h}
+        products = together(self, x, sizes)
+        query = Linear(cfg, d, heads, axes, cfg.qkv_bias, gain, name="query")(x, products["query"])
         if cfg.qk_norm:
             query = Norm(cfg, kind="rms", axis="head_dim", name="query_norm")(query)
         if rotations is not None:
@@ -54,9 +58,10 @@ class Attention(nn.Module):
         cap, filled = cfg.attention_softcap, None
         key = value = None
         if memory is not None:
-            shape = (cfg.kv_heads, h)
-            key = Linear(cfg, d, shape, kv_axes, cfg.qkv_bias, name="key")(memory)
-            value = Linear(cfg, d, shape, kv_axes, cfg.qkv_bias, name="value")(memory)
+            key, value = (
+                Linear(cfg, d, kv_heads, kv_axes, cfg.qkv_bias, name=name)(memory, products[name])
+                for name in ("key", "value")
+            )
             if cfg.qk_norm:
                 key = Norm(cfg, kind="rms", axis="head_dim", name="key_norm")(key)
             if rotations is not None:
@@ -80,6 +85,6 @@ class Attention(nn.Module):
         else:
             raise ValueError("attention has neither a memory nor a cache to read it from")
         out = Linear(
-            cfg, (cfg.n_heads, h), d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out"
+            cfg, heads, d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out"
         )
         return out(y), kv

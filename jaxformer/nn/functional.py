@@ -68,7 +68,7 @@ def project(
         return jax.lax.optimization_barrier(y).T
 
     rows = x.reshape(-1, x.shape[-1])
-    if 1 < rows.shape[0] <= FEW:
+    if rows.shape[0] <= FEW:
         y = jax.lax.platform_dependent(rows, weight, cpu=turned, default=straight)
     else:
         y = straight(rows, weight)

@@ -1,5 +1,6 @@
 """The parts that hold parameters: Linear, Embed, Norm, MLP. Each names its axes for sharding."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +41,36 @@ def kernel_init(config: ModelConfig, n_in: int, n_out: int, gain: float) -> Init
     return lambda *args: gain * init(*args)
 
 
+def packed_product(module: nn.Module, x: Float[Array, "*B I"]) -> Float[Array, "*B O"] | None:
+    """`x` by what `module` has in place of a kernel, packed or quantised; None if it has neither."""
+
+    def there(name: str) -> Array | None:
+        return module.get_variable("params", name)
+
+    if (packed := there("packed")) is not None:
+        return f.project(x, packed.astype(x.dtype), x.dtype)
+    if (int8 := there("int8")) is not None:
+        return project_int8(x, int8, module.get_variable("params", "scale"), x.dtype)
+    return None
+
+
+def together(module: nn.Module, x: Float[Array, "*B I"], sizes: dict[str, int]) -> dict[str, Any]:
+    """For each of the `Linear`s of one input its product, so many values wide, if `pack` put their
+    kernels together."""
+    y = packed_product(module, x)
+    if y is None:
+        return dict.fromkeys(sizes)
+    *ends, _ = itertools.accumulate(sizes.values())
+    return dict(zip(sizes, jnp.split(y, ends, -1), strict=True))
+
+
 class Linear(nn.Module):
     """Contract the last axes of x with the first of a kernel, and add a bias and a LoRA if there.
 
     The kernel has shape `d_in` + `d_out` and axis names `axes`. With adapters it is W + s A B,
     s = lora_alpha / lora_rank, where B starts at zero (Hu et al. 2022, equation 3). In place
-    of a kernel there may be one that was packed for decoding, or quantised.
+    of a kernel there may be one that was packed for decoding, or quantised, or the `product` of x
+    and the kernel that `together` made.
     """
 
     config: ModelConfig
@@ -56,17 +81,17 @@ class Linear(nn.Module):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, x: Float[Array, "..."], product: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
         cfg, n_in = self.config, len(self.d_in)
         dtype, param_dtype = jnp.dtype(cfg.compute_dtype), jnp.dtype(cfg.param_dtype)
         x = x.astype(dtype)
-        rows = x.reshape(*x.shape[: x.ndim - n_in], -1)
-        if self.has_variable("params", "packed"):
-            packed = self.get_variable("params", "packed").astype(dtype)
-            y = f.project(rows, packed, dtype).reshape(*rows.shape[:-1], *self.d_out)
-        elif self.has_variable("params", "int8"):
-            int8, scale = (self.get_variable("params", name) for name in ("int8", "scale"))
-            y = project_int8(rows, int8, scale, dtype).reshape(*rows.shape[:-1], *self.d_out)
+        before = x.shape[: x.ndim - n_in]
+        if product is None:
+            product = packed_product(self, x.reshape(*before, -1))
+        if product is not None:
+            y = product.reshape(*before, *self.d_out)
         else:
             init = kernel_init(cfg, n_in, len(self.d_out), self.gain)
             shape = self.d_in + self.d_out
@@ -156,9 +181,11 @@ class MLP(nn.Module):
         cfg = self.config
         d, ff = (cfg.d_model,), (cfg.d_ff,)
         axes = ("embed", "mlp")
-        up = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="up")(x)
+        x = x.astype(cfg.compute_dtype)
+        products = together(self, x, {"up": cfg.d_ff, "gate": cfg.d_ff})
+        up = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="up")(x, products["up"])
         if cfg.gated:
-            gate = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="gate")(x)
+            gate = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="gate")(x, products["gate"])
             y = f.ACTIVATIONS[cfg.activation](gate) * up
         else:
             y = f.ACTIVATIONS[cfg.activation](up)

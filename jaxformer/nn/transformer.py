@@ -388,9 +388,14 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "decoder": {**decoder, **apart}}
 
 
+TOGETHER = {"attention": ("query", "key", "value"), "mlp": ("up", "gate")}
+"""What is multiplied by the same input, in each module."""
+
+
 def pack(params: dict[str, Any]) -> dict[str, Any]:
     """Unstacked parameters with the kernels that decode a token laid out as a CPU reads them best:
-    `packed` "O I" for every `kernel`, all inputs in one axis and all outputs in another."""
+    `packed` "O I" for every `kernel`, all inputs in one axis and all outputs in another; and those
+    that are multiplied by the same input one below the other, quantised or not."""
 
     def packed(name: str, part: Any) -> Any:
         if not isinstance(part, dict):
@@ -400,6 +405,10 @@ def pack(params: dict[str, Any]) -> dict[str, Any]:
             kernel = part.pop("kernel")
             inputs = math.prod(kernel.shape[: 2 if name == "out" else 1])
             part["packed"] = kernel.reshape(inputs, -1).T
+        alike = [part[each] for each in TOGETHER.get(name, ()) if each in part]
+        for key in ("packed", "int8", "scale"):
+            if len(alike) > 1 and key in alike[0]:
+                part[key] = jnp.concatenate([each.pop(key) for each in alike])
         return part
 
     of_tokens = {name: params[name] for name in ("decoder", "head") if name in params}
