@@ -240,7 +240,7 @@ def begin(
     """The state before the first token, with room in the cache for `spare` more of them."""
     slots = (method.length + spare) * method.width
     read = read_prompt(config, method, params, job.prompt, slots)
-    strategy = _strategy(method, job.numbers, read)
+    strategy = _strategy(method, job, read)
     now = jnp.broadcast_to(read.last[:, None], (len(read.last), method.width, config.d_model))
     return loop.begin(
         _head(config, method, params)(read.last),
@@ -266,14 +266,14 @@ def advance(
 ) -> DecodeState:
     """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))
-    strategy, processor = _strategy(method, job.numbers), _processor(config, method, job)
+    strategy, processor = _strategy(method, job), _processor(config, method, job)
     return loop.advance(
         step, state, strategy, processor, pad_id=method.pad_id, chunk=chunk, chunks=chunks
     )
 
 
 def ended(method: Method, job: Request, state: DecodeState) -> Decoded:
-    return _strategy(method, job.numbers).finish(state)
+    return _strategy(method, job).finish(state)
 
 
 class Read(NamedTuple):
@@ -393,7 +393,7 @@ def _speculate(
     slots = method.length * min(rows, fed) + fed
     read = read_prompt(config, method, params, job.prompt, slots)
     taken = read.there.sum(1)
-    strategy, processor = _strategy(method, job.numbers), _processor(config, method, job)
+    strategy, processor = _strategy(method, job), _processor(config, method, job)
 
     def feed(
         config: ModelConfig, params: Any, cache: Cache, tokens: Array, count: Array
@@ -444,15 +444,21 @@ def _speculate(
     )
 
 
-def _strategy(method: Method, numbers: Numbers, read: Read | None = None) -> Strategy:
+def _strategy(method: Method, job: Request, read: Read | None = None) -> Strategy:
     """How tokens are chosen; to begin with, after a prompt that was read."""
-    width = method.width
+    width, numbers = method.width, job.numbers
     if method.contrastive:
         prompt = (None, None) if read is None else (read.hidden, read.there)
         return contrastive(width, numbers.penalty_alpha, lambda c: c.hidden, *prompt)
     if method.beams > 1:
         size = width // method.groups
-        search = strategies.beam(size, numbers.length_penalty, method.norm, method.early_stopping)
+        search = strategies.beam(
+            size,
+            numbers.length_penalty,
+            method.norm,
+            method.early_stopping,
+            many_ends=job.stops is not None,
+        )
         if method.sampling:
             return beam_sample(search)
         return diverse(search, method.groups, numbers.diversity) if method.groups > 1 else search

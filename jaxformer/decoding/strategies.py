@@ -44,6 +44,7 @@ def beam(
     alpha: float | Float[Array, ""],
     norm: Literal["wu", "plain"] = "wu",
     stop_when: Literal["exact", "heuristic", "full"] = "exact",
+    many_ends: bool = False,
 ) -> Strategy:
     """Beam search with a pool of finished hypotheses and an early stop.
 
@@ -53,7 +54,8 @@ def beam(
     only lower logits), or if it ended here and now ("heuristic"); or at once when there are `width`
     of them ("full"). transformers' early_stopping calls these "never", False and True. The
     probability of a forbidden token is not shared out among the others. Where fewer than `width`
-    hypotheses exist, the rest are empty dead ends.
+    hypotheses exist, the rest are empty dead ends. With `many_ends` any number of tokens may end a
+    hypothesis, and not only the ends of sequence.
     """
 
     def penalty(n: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -74,11 +76,21 @@ def beam(
     def choose(state, logits, ends):
         live, pool = state.strategy
         rows, _, vocabulary = logits.shape
-        wanted = continuations(width, state.eos_ids)
-        k = min(wanted, vocabulary)
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.
-        values, token = top_k(logits, k)  # B W k
+        if many_ends:
+            every = jnp.broadcast_to(jnp.arange(vocabulary), logits.shape)
+            ending_here = ends(state.processor, every)
+            goes_on = jnp.where(ending_here, -jnp.inf, logits)
+            goes_out = jnp.where(ending_here, logits, -jnp.inf)
+            k = min(width, vocabulary)
+            both = [top_k(each, k) for each in (goes_on, goes_out)]
+            values, token = (jnp.concatenate(parts, -1) for parts in zip(*both, strict=True))
+            wanted = width * 2 * k
+        else:
+            wanted = continuations(width, state.eos_ids)
+            values, token = top_k(logits, min(wanted, vocabulary))
+        k = token.shape[-1]
         total = jax.nn.logsumexp(state.logits, -1, keepdims=True)
         log_prob = jnp.take_along_axis(state.logits, token, -1) - total + state.log_prob[..., None]
         exists = (live > NEG)[..., None] & ~state.done[..., None] & (values > -jnp.inf)

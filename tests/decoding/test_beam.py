@@ -1,5 +1,9 @@
 """Beam search against greedy, brute force, and a plain search that never stops early."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,13 +11,15 @@ from hypothesis import strategies as st
 from toy_decoder import EOS, hypotheses, lengthen, run, sequences, toy
 
 from jaxformer.decoding.loop import Finish
+from jaxformer.decoding.processors import chain
+from jaxformer.decoding.strategies import beam
 
 seeds = st.integers(0, 2**32 - 1)
 alphas = st.sampled_from([-2.0, -0.5, 0.0, 0.6, 1.0, 3.0])
 norms = pytest.mark.parametrize("norm", ["wu", "plain"])
 
 
-def search(model, row, width, length, alpha, norm):
+def search(model, row, width, length, alpha, norm, ends_it=lambda tokens: tokens[-1] == EOS):
     """Beam search on lists, to the full length: (score, tokens) of the pool, best first.
 
     Only what is among the `width` best of a step may end; an end below them is dropped.
@@ -25,8 +31,8 @@ def search(model, row, width, length, alpha, norm):
             for score, tokens in live
             for token, step in enumerate(model.next(row, tokens))
         ]
-        scored = sorted(scored, reverse=True)[: 2 * width]
-        ends = [tokens[-1] == EOS or t + 1 == length for _, tokens in scored]
+        scored = sorted(scored, reverse=True)
+        ends = [ends_it(tokens) or t + 1 == length for _, tokens in scored]
         pool += [
             (score / lengthen(t + 1, alpha, norm), tokens)
             for (score, tokens), end in zip(scored[:width], ends[:width], strict=True)
@@ -88,6 +94,41 @@ def test_stopping_early_is_exact(norm, width, seed, alpha, eos):
             np.testing.assert_allclose(
                 score, again / lengthen(len(tokens), alpha, norm), rtol=1e-4, atol=1e-4
             )
+
+
+@given(seeds, alphas)
+@settings(max_examples=20, deadline=None)
+def test_any_number_of_tokens_may_end_a_hypothesis(seed, alpha):
+    """As long as one that does not is left, the search goes on with it."""
+    model, width = toy(seed, vocabulary=7), 2
+
+    def ends_it(tokens):
+        return tokens[-1] != 2
+
+    decoded = TO_TWO(model, alpha)
+    for row in range(2):
+        wanted = search(model, row, width, 7, alpha, "wu", ends_it)
+        np.testing.assert_allclose(
+            [h[1] for h in hypotheses(decoded, row)], [score for score, _ in wanted],
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_hypotheses_of_many_ends_are_ranked_like_others():
+    """A processor that ends nothing leaves the search as it is without it."""
+    model = toy(1)
+    plain, many = run(model, "beam", 3), jax.jit(partial(any_ends, 3, ()))(model, 0.6)
+    for a, b in zip(plain, many, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def any_ends(width, ends, model, alpha):
+    """Search where these tokens end a hypothesis too."""
+    processor = chain()._replace(ends=lambda state, token: jnp.isin(token, jnp.array(ends, int)))
+    return model.decode(beam(width, alpha, many_ends=True), processor)
+
+
+TO_TWO = jax.jit(partial(any_ends, 2, (0, 3, 4, 5, 6)))
 
 
 @given(seeds, alphas)
