@@ -2,9 +2,6 @@
 
 A character language model of any text file; without one it learns from the docstrings of Python's
 standard library.
-
-Reached: on tinyshakespeare a validation loss of 1.690 nats a character, in 2:00 minutes on 2 CPU
-cores.
 """
 
 from jaxformer import DataConfig, DecodeConfig, ModelConfig, OptimConfig, TrainConfig

@@ -3,8 +3,6 @@ r"""python train.py --config configs/translate_files.py \
 
 Translate with any two parallel text files: line i of one is the translation of line i. A
 SentencePiece tokenizer for both languages is trained on the way.
-
-Reached: on Multi30k English-German a validation BLEU of 33.4, in 9 minutes on 2 CPU cores.
 """
 
 from jaxformer import DataConfig, DecodeConfig, ModelConfig, OptimConfig, TrainConfig

@@ -44,7 +44,7 @@ exit codes: 0 done, 2 wrong options, 3 wrong data, 4 checkpoint or run directory
 AT_ONCE = 4096  # lines read before anything is written for them
 DRAWN = 8  # lines whose attention one picture shows
 PLAIN = (tyro.conf.FlagCreatePairsOff,)
-SameOr = Literal["", "float32", "bfloat16", "float16"]
+DTypeOrSame = Literal["", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Evaluate:
     """Run directory."""
     step: int = 0
     """Checkpoint to use; 0 is the newest."""
-    dtype: SameOr = ""
+    dtype: DTypeOrSame = ""
     """Type of parameters and arithmetic; without it, the run's."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig]
 
@@ -73,10 +73,10 @@ class Generate:
     """Run directory, Hugging Face directory or GGUF file."""
     step: int = 0
     """Checkpoint of a run to use; 0 is the newest."""
-    dtype: SameOr = ""
+    dtype: DTypeOrSame = ""
     """Type of parameters and arithmetic; without it, what the checkpoint has."""
     int8: bool = False
-    """Round the weights to eight bits each, which read faster and take a quarter of the memory."""
+    """Round the weights to eight bits each: read faster, and a quarter of float32's memory."""
     chat: bool = False
     """Take each line as what a user says, and answer it by the checkpoint's chat template."""
     json: bool = False
@@ -110,10 +110,10 @@ class Score:
     """Text file of targets."""
     step: int = 0
     """Checkpoint of a run to use; 0 is the newest."""
-    dtype: SameOr = ""
+    dtype: DTypeOrSame = ""
     """Type of parameters and arithmetic; without it, what the checkpoint has."""
     int8: bool = False
-    """Round the weights to eight bits each, which read faster and take a quarter of the memory."""
+    """Round the weights to eight bits each: read faster, and a quarter of float32's memory."""
     token_log_probs: bool = False
     """Write the log-probability of each token, too."""
 
@@ -133,7 +133,7 @@ class Embed:
     """Text file to read; without one, standard input."""
     step: int = 0
     """Checkpoint of a run to use; 0 is the newest."""
-    dtype: SameOr = ""
+    dtype: DTypeOrSame = ""
     """Type of parameters and arithmetic; without it, what the checkpoint has."""
 
 
@@ -149,7 +149,7 @@ class Convert:
     family: str = ""
     """Model type to write a run as, such as llama or t5; without it, the one that it came from, or
     the first that has such models."""
-    dtype: SameOr = ""
+    dtype: DTypeOrSame = ""
     """Type of the parameters written; without it, what they have."""
 
 
@@ -442,17 +442,18 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
     decode = DecodeConfig()
     if "--run" in argv[:-1] and not {"-h", "--help"} & set(argv):
         decode = read_decode(argv[argv.index("--run") + 1])
-    # An option of beam search or of sampling sets aside what the run says of the other.
+    # An option that asks for a strategy sets aside what the run says of the others.
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
     if given & {"samples", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"}:
         # One is drawn though the option's value be the usual one: --temperature 1.
-        decode = dataclasses.replace(decode.single, samples=max(decode.samples, 1))
-    elif given & {"contrastive", "lookup", "draft", "stream"}:
+        samples = 1 if "beams" in given else max(decode.samples, 1)
+        decode = dataclasses.replace(decode.single, samples=samples, contrastive=0, lookup=0)
+    elif given & {"contrastive", "beams"}:
+        decode = decode.greedy
+    elif given & {"lookup", "draft"}:
+        decode = dataclasses.replace(decode.single, contrastive=0, lookup=0)
+    elif "stream" in given:
         decode = decode.single
-    elif "beams" in given:
-        decode = dataclasses.replace(
-            decode, samples=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, n_best=1
-        )
     default = kind(run=tyro.MISSING, decode=decode)
     options = tyro.cli(kind, default=default, args=argv, config=PLAIN)
     return dataclasses.replace(options, decode=read_files(options.decode, decode))

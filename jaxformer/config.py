@@ -695,6 +695,16 @@ class DecodeConfig:
         return self.samples > 0 or any(getattr(self, name) != off[name] for name in off)
 
     @property
+    def greedy(self) -> "DecodeConfig":
+        """The same by no strategy but the usual one."""
+        usual = DecodeConfig()
+        strategies = [
+            *("beams", "groups", "samples", "n_best", "mbr", "contrastive", "lookup"),
+            *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"),
+        ]
+        return dataclasses.replace(self, **{name: getattr(usual, name) for name in strategies})
+
+    @property
     def single(self) -> "DecodeConfig":
         """The same with one hypothesis for each text, neither searched for nor chosen of many."""
         return dataclasses.replace(

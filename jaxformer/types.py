@@ -9,8 +9,8 @@ This file imports no jax, so that data workers start fast; its tuples are jax py
 | S      | key length        | V      | vocabulary                  |
 | M      | memory length     | L      | layers                      |
 | N      | heads             | W      | beams or samples per row    |
-| K      | key/value heads   | R      | B*W, a batch of all beams   |
-| H      | head dimension    |        |                             |
+| K      | key/value heads   | G      | queries to each key, N / K  |
+| H      | head dimension    | O, I   | outputs, inputs of a kernel |
 
 They are those of `jax.nn.dot_product_attention`: the same in signatures and (lower case) einsums.
 """
@@ -24,7 +24,7 @@ Array: TypeAlias = Any
 """A numpy or jax array: a `Batch` is numpy in the data pipeline and jax inside a step."""
 
 NOWHERE = int(np.iinfo(np.int32).max)
-"""Position of padding and of empty cache slots: after every query, so never attended to."""
+"""Position, in a cache, of padding and of empty slots: after every query, so never attended to."""
 
 
 class Tokens(NamedTuple):

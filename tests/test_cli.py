@@ -22,7 +22,7 @@ import pytest
 import tiny
 
 import jaxformer
-from jaxformer import converting, loading, picture, run
+from jaxformer import cli, converting, loading, picture, run
 from jaxformer.cli import main
 from jaxformer.config import DecodeConfig
 from jaxformer.data import sources
@@ -422,6 +422,34 @@ def test_a_way_of_one_hypothesis_sets_aside_a_run_s_beams(command: Any, tmp_path
     for way in (("--stream",), ("--lookup", "2"), ("--draft", "reversing")):
         assert command("generate", *run, *way, given=given) == (0, greedy, "")
     assert "".join(jaxformer.load(run[1]).stream("abc")) == greedy.splitlines()[0]
+
+
+RUN_S = [dict(beams=4, groups=2, n_best=2), dict(samples=3, n_best=3, mbr=True),
+         dict(temperature=0.8),
+         dict(beams=3, typical_p=0.5), dict(contrastive=4), dict(lookup=3)]  # fmt: skip
+GIVEN = {
+    ("--beams", "1"): dict(),
+    ("--beams", "4", "--groups", "2"): dict(beams=4, groups=2),
+    ("--contrastive", "5"): dict(contrastive=5),
+    ("--lookup", "2"): dict(lookup=2),
+    ("--samples", "2"): dict(samples=2),
+    ("--beams", "2", "--temperature", "0.5"): dict(beams=2, temperature=0.5, samples=1),
+}
+
+
+@pytest.mark.parametrize("of_the_run", RUN_S, ids=str)
+@pytest.mark.parametrize("given", GIVEN, ids=" ".join)
+def test_a_strategy_that_is_asked_for_is_what_there_is(
+    monkeypatch: Any, of_the_run: dict, given: tuple[str, ...]
+):
+    """Whatever the run's own is; only options of sampling add to each other."""
+    monkeypatch.setattr("jaxformer.inspecting.read_decode", lambda _: DecodeConfig(**of_the_run))
+    found = cli._with_run_defaults(cli.Generate, ["--run", "x", *given]).decode
+    wanted = DecodeConfig(**GIVEN[given])
+    for name in ("beams", "groups", "n_best", "mbr", "contrastive", "lookup"):
+        assert getattr(found, name) == getattr(wanted, name)
+    if not wanted.lookup:  # which goes with one sample
+        assert (found.samples, found.sampling) == (wanted.samples, wanted.sampling)
 
 
 def test_a_path_that_cannot_be_is_no_run(command: Any):

@@ -13,7 +13,8 @@ def beam_sample(search: Strategy) -> Strategy:
 
     A continuation is as likely to be drawn as its processed score says, which is that of the whole
     hypothesis. As many are drawn as `beam` would take (two for each beam, with one end of
-    sequence), and `beam` does the rest. A beam of 1 is one sample.
+    sequence), and `beam` does the rest; where all of them end, no beam lives on. A beam of 1 is one
+    sample.
     """
 
     def choose(state, logits, ends):

@@ -120,7 +120,8 @@ def decode(
     keys: Key[Array, " B"],
     chunk: int = 8,
 ) -> Decoded:
-    """Generate at most `length` (at least 1) tokens after prompts whose last logits are given.
+    """Generate at most `length` (at least 1) tokens after prompts whose last logits are given:
+    `begin`, `advance` and the strategy's `finish`, for any model that is a `Step`.
 
     Any of `eos_ids` ends a hypothesis, and whatever else the processor says does.
     A row stops at its own `limit`, and draws only from its own key, so that its samples do not

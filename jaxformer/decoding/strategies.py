@@ -78,7 +78,7 @@ def beam(
         rows, _, vocabulary = logits.shape
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.
-        if many_ends:
+        if many_ends and width > 1:
             every = jnp.broadcast_to(jnp.arange(vocabulary), logits.shape)
             ending_here = ends(state.processor, every)
             goes_on = jnp.where(ending_here, -jnp.inf, logits)
@@ -135,7 +135,7 @@ def beam(
 
 
 def continuations(width: int, eos_ids: Int[Array, " E"]) -> int:
-    """How many continuations of a row `beam` ranks in a step.
+    """How many continuations of a row `beam` ranks in a step, without `many_ends`.
 
     Enough for `width` to live on though each beam may end in every way there is. A beam of 1 has no
     second choice, so it ends where greedy does, whatever alpha is.

@@ -13,8 +13,8 @@ from jaxformer.nn.positions import rotate
 class Attention(nn.Module):
     """Multi-head attention from `x` to `memory` (itself, in self-attention), or to the cache.
 
-    Memory given: its keys and values are projected, and written to the cache if there is one, at
-    `slot`, up to which alone it is filled then; None is the beginning of one that will be full.
+    Memory given: its keys and values are projected, and written to the cache if there is one, from
+    `slot` on, and no slot after them need be read; without a `slot`, they fill it.
     Memory absent: they are read from the cache alone. `rotations` are the cosines and
     sines of rotary positions, if the model has them.
 
@@ -84,7 +84,5 @@ class Attention(nn.Module):
             y = f.attend(query, key, value, mask, bias, cap=cap, drop=drop)
         else:
             raise ValueError("attention has neither a memory nor a cache to read it from")
-        out = Linear(
-            cfg, heads, d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out"
-        )
+        out = Linear(cfg, heads, d, (*axes[1:], "embed"), cfg.out_bias, self.out_gain, name="out")
         return out(y), kv

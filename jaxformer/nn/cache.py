@@ -25,8 +25,8 @@ class KV(NamedTuple):
 
 class Cache(NamedTuple):
     """What a decoder remembers: for each layer its own keys and values and those of the memory,
-    and what stands in each slot. `filled` is how many slots are, the
-    next one free."""
+    and what stands in each slot. `filled` is the number of slots written, and so the next free one.
+    """
 
     own: tuple[KV, ...]
     cross: tuple[KV, ...]

@@ -84,11 +84,11 @@ def attention_mask(
     causal: bool = True,
     window: int = 0,
 ) -> Bool[Array, "#B T S"]:
-    """Which keys each query may attend to, from positions alone.
+    """Which keys each query may attend to, from positions and segments.
 
-    Causal: none later than itself, which also hides padding and empty cache slots, whose position
-    is later than all. Segments: only keys of the query's own. Window: only keys nearer than
-    `window` positions; 0 is no limit.
+    Causal: none later than itself, which also hides padding and empty slots of a cache, whose
+    position there is later than all. Segments: only keys of the query's own. Window: only keys
+    nearer than `window` positions; 0 is no limit.
 
     >>> pos = jnp.arange(3)[None]
     >>> attention_mask(pos, pos, window=2)[0].astype(int).tolist()

@@ -42,7 +42,7 @@ def kernel_init(config: ModelConfig, n_in: int, n_out: int, gain: float) -> Init
 
 
 def packed_product(module: nn.Module, x: Float[Array, "*B I"]) -> Float[Array, "*B O"] | None:
-    """`x` by what `module` has in place of a kernel, packed or quantised; None if it has neither."""
+    """`x` times what `module` has in place of a kernel, packed or quantised; None if nothing."""
 
     def there(name: str) -> Array | None:
         return module.get_variable("params", name)

@@ -1,4 +1,4 @@
-"""Weights in eight bits: a quarter of the memory, and of what a token has to read.
+"""Weights in eight bits: a quarter of the memory of float32, and of what a token has to read.
 
 Each output of a kernel has a scale of its own; inputs are rounded to eight bits row by row as they
 come, so that the product is one of integers (Dettmers et al. 2022, equation 2, without outliers).

@@ -1,8 +1,9 @@
 """Block, Stack, Transformer: one set of modules for all three kinds of model.
 
 A decoder has three uses. Training and scoring: memory given, no cache, the whole target at once.
-Prefill: memory given, an empty cache, the prompt. Step: memory absent, a filled cache, one token
-for each hypothesis.
+Prefill: the prompt into the cache, whole or in pieces, with the memory if there is one. Step:
+memory absent, a filled cache, one token for each hypothesis or, where tokens are guessed, several
+of one.
 """
 
 import math
@@ -301,7 +302,7 @@ class Transformer(nn.Module):
             return self.unembed(hidden)
         if self.config.head == "each":
             return self.head(self.head_dropout(hidden)).astype(jnp.float32)
-        pooled = self.pool(hidden)
+        pooled = self.pool(hidden)  # without a head too, for `init` makes the pooler here
         if self.config.head == "sequence":
             return self.head(self.head_dropout(pooled)).astype(jnp.float32)
         return hidden.astype(jnp.float32)
