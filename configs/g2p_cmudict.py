@@ -2,9 +2,6 @@
 
 Pronounce English words: letters to phones, learned from the CMU dictionary. This is what a plain
 `python train.py` trains.
-
-Reached: 38.7% of unseen words wrong, 9.9% of phones, in 8:50 minutes with the install on 2 CPU
-cores.
 """
 
 from jaxformer import DataConfig, DecodeConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,8 +1,6 @@
 """python train.py --config configs/mlm_words.py
 
 An encoder that fills in masked pieces of words, learned from the standard library's docstrings.
-
-Reached: a validation loss of 3.94 nats a masked piece, of 2,000 pieces (perplexity 51).
 """
 
 from jaxformer import DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -78,6 +78,7 @@ def test_what_a_run_leaves_behind():
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["5", "7"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(tmp_path: Path):
     shutil.copytree(tiny.reversing_run(), tmp_path / "run")
 
