@@ -411,6 +411,7 @@ def test_an_option_of_sampling_samples_whatever_its_value(command: Any):
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_a_way_of_one_hypothesis_sets_aside_a_run_s_beams(command: Any, tmp_path: Path):
     shutil.copytree("reversing", tmp_path / "run")
     options = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -208,6 +208,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [flip, lambda path: os.truncate(path, 9), Path.unlink], ids=["flip", "cut", "remove"]
 )

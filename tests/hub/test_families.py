@@ -50,6 +50,7 @@ def whole(leaf: engine.Leaf) -> np.ndarray:
     return leaf.read((slice(None),) * len(leaf.shape), np.dtype(np.float32))
 
 
+@pytest.mark.slow
 @every
 def test_export_and_import_are_each_others_inverse(family, kind, tmp_path):
     theirs = small(family, kind)

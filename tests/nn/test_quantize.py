@@ -51,9 +51,8 @@ def made(kind: str) -> Model:
     return Model(config, params, LETTERS, data, DecodeConfig())
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("encoder-decoder", marks=pytest.mark.slow), "decoder-only"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
 def test_a_model_in_eight_bits(kind: str):
     model = made(kind)
     wide = model.score_tokens(["abc", "e"], ["edcba", "aabb"])
