@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from jaxformer import config
-from jaxformer.config import BulkConfig, DecodeConfig, hint
+from jaxformer.config import SAMPLING, BulkConfig, DecodeConfig, hint
 from jaxformer.errors import ConfigError, DataError, Stopped, UserError
 
 USAGE = """\
@@ -444,9 +444,10 @@ def _with_run_defaults(kind: type[Options], argv: list[str]) -> Options:
         decode = read_decode(argv[argv.index("--run") + 1])
     # An option that asks for a strategy sets aside what the run says of the others.
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
-    if given & {"samples", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"}:
+    if given & {*SAMPLING}:
         # One is drawn though the option's value be the usual one: --temperature 1.
-        samples = 1 if "beams" in given else max(decode.samples, 1)
+        one = given & {"beams", "lookup", "draft", "stream"}
+        samples = 1 if one else max(decode.samples, 1)
         decode = dataclasses.replace(decode.single, samples=samples, contrastive=0, lookup=0)
     elif given & {"contrastive", "beams"}:
         decode = decode.greedy

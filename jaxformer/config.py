@@ -470,6 +470,10 @@ class MeshConfig:
         in_range(self, "tensor", 1)
 
 
+SAMPLING = ("samples", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta")
+"""Fields of a `DecodeConfig` that ask for tokens to be drawn, unless they are as usual."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """How text is generated: greedy, unless beams or an option of sampling says otherwise."""
@@ -690,19 +694,14 @@ class DecodeConfig:
     @property
     def sampling(self) -> bool:
         """Whether tokens are drawn at random: any option of sampling asks for it."""
-        off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon=0.0,
-                   eta=0.0)  # fmt: skip
-        return self.samples > 0 or any(getattr(self, name) != off[name] for name in off)
+        return any(getattr(self, name) != getattr(DecodeConfig, name) for name in SAMPLING)
 
     @property
     def greedy(self) -> "DecodeConfig":
         """The same by no strategy but the usual one."""
-        usual = DecodeConfig()
-        strategies = [
-            *("beams", "groups", "samples", "n_best", "mbr", "contrastive", "lookup"),
-            *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"),
-        ]
-        return dataclasses.replace(self, **{name: getattr(usual, name) for name in strategies})
+        strategies = ("beams", "groups", "n_best", "mbr", "contrastive", "lookup", *SAMPLING)
+        usual = {name: getattr(DecodeConfig, name) for name in strategies}
+        return dataclasses.replace(self, **usual)
 
     @property
     def single(self) -> "DecodeConfig":

@@ -425,9 +425,9 @@ def test_a_way_of_one_hypothesis_sets_aside_a_run_s_beams(command: Any, tmp_path
     assert "".join(jaxformer.load(run[1]).stream("abc")) == greedy.splitlines()[0]
 
 
-RUN_S = [dict(beams=4, groups=2, n_best=2), dict(samples=3, n_best=3, mbr=True),
-         dict(temperature=0.8),
-         dict(beams=3, typical_p=0.5), dict(contrastive=4), dict(lookup=3)]  # fmt: skip
+SAVED = [dict(beams=4, groups=2, n_best=2), dict(samples=3, n_best=3, mbr=True),
+         dict(temperature=0.8), dict(beams=3, typical_p=0.5), dict(contrastive=4),
+         dict(lookup=3)]  # fmt: skip
 GIVEN = {
     ("--beams", "1"): dict(),
     ("--beams", "4", "--groups", "2"): dict(beams=4, groups=2),
@@ -435,10 +435,11 @@ GIVEN = {
     ("--lookup", "2"): dict(lookup=2),
     ("--samples", "2"): dict(samples=2),
     ("--beams", "2", "--temperature", "0.5"): dict(beams=2, temperature=0.5, samples=1),
+    ("--stream", "--temperature", "0.5"): dict(temperature=0.5, samples=1),
 }
 
 
-@pytest.mark.parametrize("of_the_run", RUN_S, ids=str)
+@pytest.mark.parametrize("of_the_run", SAVED, ids=str)
 @pytest.mark.parametrize("given", GIVEN, ids=" ".join)
 def test_a_strategy_that_is_asked_for_is_what_there_is(
     monkeypatch: Any, of_the_run: dict, given: tuple[str, ...]

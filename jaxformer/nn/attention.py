@@ -45,7 +45,6 @@ class Attention(nn.Module):
         # Whatever the attention scale, logits start the same: the initial queries make up for it.
         gain = h**-0.5 / cfg.query_scale
         heads, kv_heads = (cfg.n_heads, h), (cfg.kv_heads, h)
-        x = x.astype(cfg.compute_dtype)
         sizes = {"query": cfg.n_heads * h, "key": cfg.kv_heads * h, "value": cfg.kv_heads * h}
         products = together(self, x, sizes)
         query = Linear(cfg, d, heads, axes, cfg.qkv_bias, gain, name="query")(x, products["query"])

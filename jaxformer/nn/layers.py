@@ -43,21 +43,18 @@ def kernel_init(config: ModelConfig, n_in: int, n_out: int, gain: float) -> Init
 
 def packed_product(module: nn.Module, x: Float[Array, "*B I"]) -> Float[Array, "*B O"] | None:
     """`x` times what `module` has in place of a kernel, packed or quantised; None if nothing."""
-
-    def there(name: str) -> Array | None:
-        return module.get_variable("params", name)
-
-    if (packed := there("packed")) is not None:
-        return f.project(x, packed.astype(x.dtype), x.dtype)
-    if (int8 := there("int8")) is not None:
-        return project_int8(x, int8, module.get_variable("params", "scale"), x.dtype)
+    if module.has_variable("params", "packed"):
+        return f.project(x, module.get_variable("params", "packed").astype(x.dtype), x.dtype)
+    if module.has_variable("params", "int8"):
+        int8, scale = (module.get_variable("params", name) for name in ("int8", "scale"))
+        return project_int8(x, int8, scale, x.dtype)
     return None
 
 
-def together(module: nn.Module, x: Float[Array, "*B I"], sizes: dict[str, int]) -> dict[str, Any]:
-    """For each of the `Linear`s of one input its product, so many values wide, if `pack` put their
-    kernels together."""
-    y = packed_product(module, x)
+def together(module: Any, x: Float[Array, "*B I"], sizes: dict[str, int]) -> dict[str, Any]:
+    """For each of a module's `Linear`s of one input its product, so many values wide, if `pack` put
+    their kernels together; else None."""
+    y = packed_product(module, x.astype(module.config.compute_dtype))
     if y is None:
         return dict.fromkeys(sizes)
     *ends, _ = itertools.accumulate(sizes.values())
@@ -181,7 +178,6 @@ class MLP(nn.Module):
         cfg = self.config
         d, ff = (cfg.d_model,), (cfg.d_ff,)
         axes = ("embed", "mlp")
-        x = x.astype(cfg.compute_dtype)
         products = together(self, x, {"up": cfg.d_ff, "gate": cfg.d_ff})
         up = Linear(cfg, d, ff, axes, cfg.mlp_bias, name="up")(x, products["up"])
         if cfg.gated:
