@@ -13,7 +13,9 @@ def argmax(x: Float[Array, "... V"]) -> Int[Array, "..."]:
     """Index of the largest entry, the lowest one on ties."""
     # A maximum and a minimum vectorise; XLA's own argmax, a reduction of pairs, does not.
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    first = jnp.where(x == x.max(-1, keepdims=True), ids, x.shape[-1]).min(-1)
+    # Not fused with what follows, or XLA writes the maximum out as wide as x.
+    largest = jax.lax.optimization_barrier(x.max(-1, keepdims=True))
+    first = jnp.where(x == largest, ids, x.shape[-1]).min(-1)
     return jnp.minimum(first, x.shape[-1] - 1)
 
 

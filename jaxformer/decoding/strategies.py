@@ -168,7 +168,7 @@ def _pick(
     token = argmax(preference)
     of_token = jnp.take_along_axis(state.logits, token[..., None], -1)[..., 0]
     log_prob = state.log_prob + of_token - jax.nn.logsumexp(state.logits, -1)
-    return Choice(None, token, log_prob, ~(logits > -jnp.inf).any(-1), state.strategy)
+    return Choice(None, token, log_prob, ~(logits.max(-1) > -jnp.inf), state.strategy)
 
 
 def _ranked(state: DecodeState) -> Decoded:
