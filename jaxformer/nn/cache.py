@@ -17,9 +17,9 @@ from jaxformer.types import NOWHERE
 
 
 class KV(NamedTuple):
-    """Keys and values of one attention layer, each laid out as the product it enters reads it."""
+    """Keys and values of one attention layer, each head's together."""
 
-    k: Float[Array, "B K H S"]
+    k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
 
 
@@ -43,10 +43,9 @@ def init_cache(config: ModelConfig, rows: int, slots: int, memory_length: int = 
     """
 
     def kv(length: int) -> tuple[KV, ...]:
-        heads, dim = (rows, config.kv_heads), config.dim_per_head
-        k = jnp.zeros((*heads, dim, length), config.compute_dtype)
-        v = jnp.zeros((*heads, length, dim), config.compute_dtype)
-        return (KV(k, v),) * config.n_decoder_layers
+        shape = (rows, config.kv_heads, length, config.dim_per_head)
+        empty = jnp.zeros(shape, config.compute_dtype)
+        return (KV(empty, empty),) * config.n_decoder_layers
 
     crossed = config.n_encoder_layers > 0
     return Cache(
@@ -61,12 +60,12 @@ def init_cache(config: ModelConfig, rows: int, slots: int, memory_length: int = 
 
 def write(kv: KV, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Array | int) -> KV:
     """`kv` with `k` and `v` in the slots from `at` on."""
-    k = k.astype(kv.k.dtype).transpose(0, 2, 3, 1)
-    v = v.astype(kv.v.dtype).transpose(0, 2, 1, 3)
-    return KV(
-        jax.lax.dynamic_update_slice(kv.k, k, (0, 0, 0, at)),
-        jax.lax.dynamic_update_slice(kv.v, v, (0, 0, at, 0)),
-    )
+
+    def put(cached: Array, new: Array) -> Array:
+        new = new.astype(cached.dtype).swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(cached, new, (0, 0, at, 0))
+
+    return KV(put(kv.k, k), put(kv.v, v))
 
 
 def share_prompt(cache: Cache, width: int) -> Cache:
@@ -113,7 +112,7 @@ def repeat(cache: Cache, rows: int, slots: int) -> Cache:
         padded = jnp.pad(x, room, constant_values=value)
         return jnp.broadcast_to(padded, (rows, *padded.shape[1:]))
 
-    own = tuple(KV(of_all(kv.k, 3), of_all(kv.v, 2)) for kv in cache.own)
+    own = jax.tree.map(lambda x: of_all(x, 2), cache.own)
     return cache._replace(own=own, pos=of_all(cache.pos, 1, NOWHERE))
 
 
@@ -129,7 +128,7 @@ def slide(cache: Cache, first: int, used: Int[Array, ""]) -> Cache:
         return jnp.concatenate([still, jnp.roll(rest, by, axis)], axis)
 
     return cache._replace(
-        own=tuple(KV(moved(kv.k, 3), moved(kv.v, 2)) for kv in cache.own),
+        own=jax.tree.map(lambda x: moved(x, 2), cache.own),
         pos=moved(cache.pos, 1),
         seen=None if cache.seen is None else moved(cache.seen, 2),
         filled=jnp.asarray(first + used, jnp.int32),  # no weak type, or what follows compiles twice

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 READ = 128
 """Slots of a cache that are read together, at least."""
 FEW = 64
-"""Rows up to which a product on a CPU is bound by reading the weights."""
+"""Rows up to which a product on a CPU is bound by reading its other factor."""
 MASKED = -1e9
 """Logit of what may not be attended to: finite, so that a row with nothing to see is no NaN."""
 
@@ -68,11 +68,16 @@ def project(
         return jax.lax.optimization_barrier(y).T
 
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= FEW:
-        y = jax.lax.platform_dependent(rows, weight, cpu=turned, default=straight)
-    else:
-        y = straight(rows, weight)
-    return y.reshape(*x.shape[:-1], -1)
+    return _product(len(rows), straight, turned, rows, weight).reshape(*x.shape[:-1], -1)
+
+
+def _product(
+    rows: int, straight: Callable[..., Array], turned: Callable[..., Array], *factors: Array
+) -> Array:
+    """A product of so many rows with a larger factor: on a CPU, if they are few, `turned`."""
+    if rows > FEW:
+        return straight(*factors)
+    return jax.lax.platform_dependent(*factors, cpu=turned, default=straight)
 
 
 def attention_mask(
@@ -141,7 +146,7 @@ def _weights(
 
 def attend_cached(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K H S"],
+    key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
     bias: Float[Array, "#B N T S"] | None = None,
@@ -155,13 +160,18 @@ def attend_cached(
     it could hold; None reads all.
     """
     b, t, n, h = query.shape
-    k, slots = key.shape[1], key.shape[-1]
+    k, slots = key.shape[1:3]
     q = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
 
+    def straight(q: Array, key: Array) -> Array:
+        return jnp.einsum("bkgth,bksh->bkgts", q, key, preferred_element_type=jnp.float32)
+
+    def turned(q: Array, key: Array) -> Array:
+        y = jnp.einsum("bksh,bkgth->bksgt", key, q, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(jax.lax.optimization_barrier(y), 2, -1)
+
     def read(size: int) -> Float[Array, "B K G T H"]:
-        logits = jnp.einsum(
-            "bkgth,bkhs->bkgts", q, key[..., :size], preferred_element_type=jnp.float32
-        )
+        logits = _product(n // k * t, straight, turned, q, key[:, :, :size])
         near = None if bias is None else bias[..., :size]
         weights = _weights(logits, mask[..., :size], near, cap).astype(value.dtype)
         return jnp.einsum("bkgts,bksh->bkgth", weights, value[:, :, :size])

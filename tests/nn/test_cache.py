@@ -143,7 +143,7 @@ CONFIG = ModelConfig(
 
 def test_an_empty_cache_has_its_shapes():
     cache = caches.init_cache(CONFIG, 3, 7, 5)
-    assert [kv.k.shape for kv in cache.own] == [(3, 2, 6, 7)] * 2
+    assert [kv.k.shape for kv in cache.own] == [(3, 2, 7, 6)] * 2
     assert [kv.v.shape for kv in cache.cross] == [(3, 2, 5, 6)] * 2
     assert cache.own[0].k.dtype == jnp.bfloat16
     assert (cache.pos == NOWHERE).all() and cache.filled == 0

@@ -177,9 +177,10 @@ def test_rows_are_projected_alike_however_many(rows, dtype):
 
 
 @pytest.mark.parametrize("slots", [1, 7, 8, 9, 40])
-@pytest.mark.parametrize("cap, biased", [(0.0, True), (2.0, False)])
-def test_a_cache_is_read_as_far_as_it_is_filled(slots, cap, biased, monkeypatch):
+@pytest.mark.parametrize("cap, biased, few", [(0.0, True, f.FEW), (2.0, False, 1)])
+def test_a_cache_is_read_as_far_as_it_is_filled(slots, cap, biased, few, monkeypatch):
     monkeypatch.setattr(f, "READ", 4)
+    monkeypatch.setattr(f, "FEW", few)
     query, key, value = normal(2, 3, 4, 5), normal(2, slots, 2, 5), normal(2, slots, 2, 5)
     bias = jnp.asarray(normal(2, 4, 3, slots)) if biased else None
     cached = jax.jit(partial(f.attend_cached, cap=cap))
@@ -189,10 +190,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(slots, cap, biased, monkeypatch)
         wanted = attend(*map(jnp.asarray, (query, key, value)), mask, bias, cap=cap)
         beyond = np.where(np.arange(slots)[:, None, None] < filled, 0, 1e30)  # it may be anything
         k, v = key + beyond, value + np.where(beyond > 0, 9, 0)
-        layout = (
-            jnp.asarray(k.transpose(0, 2, 3, 1), "float32"),
-            jnp.asarray(v.swapaxes(1, 2), "float32"),
-        )
+        layout = [jnp.asarray(x.swapaxes(1, 2), "float32") for x in (k, v)]
         found = cached(query, *layout, mask, bias, filled=jnp.int32(filled))
         np.testing.assert_allclose(found, wanted, **close)
         whole = cached(query, *layout, mask, bias)
@@ -201,7 +199,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(slots, cap, biased, monkeypatch)
 
 def test_what_is_not_filled_is_not_read(monkeypatch):
     monkeypatch.setattr(f, "READ", 4)
-    query, key, value = normal(1, 1, 2, 4), normal(1, 2, 4, 16), normal(1, 2, 16, 4)
+    query, key, value = normal(1, 1, 2, 4), normal(1, 2, 16, 4), normal(1, 2, 16, 4)
     value[:, :, 4:] = np.nan  # which would spoil a sum, weighed with 0 or not
     mask = jnp.arange(16)[None, None] < 3
     read = partial(f.attend_cached, *map(jnp.asarray, (query, key, value)), mask)
