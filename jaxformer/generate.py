@@ -240,13 +240,14 @@ def begin(
     """The state before the first token, with room in the cache for `spare` more of them."""
     slots = (method.length + spare) * method.width
     read = read_prompt(config, method, params, job.prompt, slots)
-    strategy = _strategy(method, job, read)
+    processor = _processor(config, method, job)
+    strategy = _strategy(method, job, processor, read)
     now = jnp.broadcast_to(read.last[:, None], (len(read.last), method.width, config.d_model))
     return loop.begin(
         _head(config, method, params)(read.last),
         Carried(share_prompt(read.cache, method.width), now if method.contrastive else None),
         strategy,
-        _processor(config, method, job),
+        processor,
         method.length,
         job.limit,
         method.stop_ids,
@@ -266,7 +267,8 @@ def advance(
 ) -> DecodeState:
     """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))
-    strategy, processor = _strategy(method, job), _processor(config, method, job)
+    processor = _processor(config, method, job)
+    strategy = _strategy(method, job, processor)
     return loop.advance(
         step, state, strategy, processor, pad_id=method.pad_id, chunk=chunk, chunks=chunks
     )
@@ -444,8 +446,13 @@ def _speculate(
     )
 
 
-def _strategy(method: Method, job: Request, read: Read | None = None) -> Strategy:
-    """How tokens are chosen; to begin with, after a prompt that was read."""
+def _strategy(
+    method: Method,
+    job: Request,
+    processor: processors.Processor | None = None,
+    read: Read | None = None,
+) -> Strategy:
+    """How tokens that were processed are chosen; to begin with, after a prompt that was read."""
     width, numbers = method.width, job.numbers
     if method.contrastive:
         prompt = (None, None) if read is None else (read.hidden, read.there)
@@ -458,6 +465,7 @@ def _strategy(method: Method, job: Request, read: Read | None = None) -> Strateg
             method.norm,
             method.early_stopping,
             many_ends=job.stops is not None,
+            needs=processor.needs if processor and method.banks else None,
         )
         if method.sampling:
             return beam_sample(search)

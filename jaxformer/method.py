@@ -27,6 +27,8 @@ class Method(NamedTuple):
     forced_last: int = -1
     beams: int = 1
     groups: int = 1
+    banks: bool = False
+    """Whether beams are shared out among texts that still need more and fewer tokens."""
     contrastive: bool = False
     guesses: int = 0
     """Tokens guessed ahead at a time."""
@@ -89,6 +91,7 @@ def method_of(
         forced_last=options.forced_last,
         beams=options.beams,
         groups=options.groups,
+        banks=options.beams > 1 and bool(options.include),
         contrastive=options.contrastive > 0,
         guesses=options.lookup,
         prefill=options.prefill,

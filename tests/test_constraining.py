@@ -149,6 +149,14 @@ def test_phrases_are_included_and_prefixes_begin(kind, way):
         assert "12" in h.text and re.fullmatch("[a-c 0-9]{4,9}", h.text)
 
 
+@pytest.mark.slow
+def test_beams_write_a_phrase_before_the_room_ends():
+    best, *_, last = generated("byte-level", "beam", include=("bead",))
+    alone = generated("byte-level", "greedy", include=("bead",))
+    assert all(h.text.endswith("bead") for h in alone)  # where nothing else would do
+    assert not best.text.endswith("bead") and not last.text.endswith("bead")
+
+
 @pairs
 def test_only_what_is_allowed(kind, way):
     allowed = ("ab", "a", "abc é", "日本", "cab bead")

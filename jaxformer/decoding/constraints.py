@@ -43,11 +43,19 @@ def constrained(table: Table, limit: Int[Array, " B"]) -> Processor:
         allowed = (after >= 0) & (need[after] <= room)
         return jnp.where(allowed[..., class_of], logits, -jnp.inf)
 
+    def needs(states, token):
+        state = states[0]
+        if token is not None:
+            state = state.reshape(*state.shape, *(1,) * (token.ndim - 2))
+            state = following[state, class_of[token]]
+        return jnp.where(state >= 0, jnp.maximum(need[state], 0), NEVER)
+
     # A finished hypothesis is fed padding, which may lead to -1; nothing reads its state again.
     return Processor(
         lambda b, w: (jnp.zeros((b, w), jnp.int32), jnp.zeros((b, w), jnp.int32)),
         apply,
         lambda states, token: (following[states[0], class_of[token]], states[1] + 1),
+        needs=needs,
     )
 
 

@@ -1,6 +1,6 @@
 """Processors change the logits before a token is chosen: truncate, forbid, constrain.
 
-A processor is four pure functions over a state of its own, whose leaves are "B W ..." and follow
+A processor is a few pure functions over a state of its own, whose leaves are "B W ..." and follow
 their hypothesis through the search. A forbidden token has logit -inf. Every number may be traced:
 another temperature compiles nothing anew.
 """
@@ -28,6 +28,9 @@ class Processor(NamedTuple):
     """(state, token "B W") -> state after that token."""
     ends: Callable[[Any, Array], Array] = lambda state, token: jnp.zeros(token.shape, bool)
     """(state, tokens "B W ...") -> whether each would end its hypothesis."""
+    needs: Callable[[Any, Array | None], Array] | None = None
+    """(state, tokens "B W ..." or None) -> how many more tokens are asked for after each of them,
+    or as it stands; None if this processor asks for none."""
 
 
 def chain(*parts: Processor) -> Processor:
@@ -37,6 +40,10 @@ def chain(*parts: Processor) -> Processor:
         for part, state in zip(parts, states, strict=True):
             logits = part.apply(logits, state)
         return logits
+
+    def needs(states, token):
+        both = zip(parts, states, strict=True)
+        return reduce(jnp.add, (part.needs(state, token) for part, state in both if part.needs))
 
     return Processor(
         lambda b, w: tuple(part.init(b, w) for part in parts),
@@ -49,6 +56,7 @@ def chain(*parts: Processor) -> Processor:
             (part.ends(state, token) for part, state in zip(parts, states, strict=True)),
             jnp.zeros(token.shape, bool),
         ),
+        needs if any(part.needs for part in parts) else None,
     )
 
 

@@ -1,12 +1,13 @@
 """Strategies choose: the most likely token, a random one, or the best of many continuations."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxformer.decoding.loop import (
     Choice,
@@ -45,6 +46,7 @@ def beam(
     norm: Literal["wu", "plain"] = "wu",
     stop_when: Literal["exact", "heuristic", "full"] = "exact",
     many_ends: bool = False,
+    needs: Callable[[Any, Array | None], Array] | None = None,
 ) -> Strategy:
     """Beam search with a pool of finished hypotheses and an early stop.
 
@@ -56,7 +58,13 @@ def beam(
     probability of a forbidden token is not shared out among the others. Where fewer than `width`
     hypotheses exist, the rest are empty dead ends. With `many_ends` any number of tokens may end a
     hypothesis, and not only the ends of sequence.
+
+    With a processor's `needs`, hypotheses that still need equally many tokens make a bank, and the
+    beams are shared out among the banks, the best of each before the second of any, so that those
+    on their way to a phrase, which seldom are the likeliest, live on (Post and Vilar 2018). Only
+    the `width` best of those that need nothing may end.
     """
+    needs = needs if width > 1 else None
 
     def penalty(n: Int[Array, "..."]) -> Float[Array, "..."]:
         n = n.astype(jnp.float32)
@@ -78,15 +86,18 @@ def beam(
         rows, _, vocabulary = logits.shape
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.
-        if many_ends and width > 1:
+        if width > 1 and (many_ends or needs):
             every = jnp.broadcast_to(jnp.arange(vocabulary), logits.shape)
             ending_here = ends(state.processor, every)
-            goes_on = jnp.where(ending_here, -jnp.inf, logits)
-            goes_out = jnp.where(ending_here, logits, -jnp.inf)
+            kinds = [~ending_here, ending_here]
+            if needs:
+                now = needs(state.processor, None)[..., None]
+                nearer = needs(state.processor, every) < now
+                kinds = [nearer & kinds[0], ~nearer & kinds[0], ending_here]
             k = min(width, vocabulary)
-            both = [top_k(each, k) for each in (goes_on, goes_out)]
-            values, token = (jnp.concatenate(parts, -1) for parts in zip(*both, strict=True))
-            wanted = width * 2 * k
+            best = [top_k(jnp.where(kind, logits, -jnp.inf), k) for kind in kinds]
+            values, token = (jnp.concatenate(parts, -1) for parts in zip(*best, strict=True))
+            wanted = width * token.shape[-1]
         else:
             wanted = continuations(width, state.eos_ids)
             values, token = top_k(logits, min(wanted, vocabulary))
@@ -99,14 +110,16 @@ def beam(
         # The best of the row.
         score, best = top_k(score.reshape(rows, -1), min(wanted, width * k))
         parent = best // k
-        candidates = (token, log_prob, ends(state.processor, token))
+        bank = needs(state.processor, token) if needs else jnp.zeros_like(token)
+        candidates = (token, log_prob, ends(state.processor, token), bank)
         candidates = jax.tree.map(lambda each: each.reshape(rows, -1), candidates)
-        token, log_prob, ended = gather(candidates, best)
+        token, log_prob, ended, bank = gather(candidates, best)
         n = (state.t + 1)[:, None]
         last = (state.t + 1 >= state.limit)[:, None]
 
         # Finished ones enter the pool, if they are among the `width` best of this step.
-        enters = (ended | last) & (score > NEG) & (jnp.arange(score.shape[1]) < width)
+        place = _places(bank, jnp.ones_like(ended)) if needs else jnp.arange(score.shape[1])
+        enters = (ended | last) & (score > NEG) & (place < width)
         finished = Decoded(
             put(gather(state.tokens, parent), token, state.t),
             jnp.where(enters, score / penalty(n), NEG),
@@ -120,18 +133,30 @@ def beam(
 
         # The others live on, until even the kindest length cannot lift them over the pool's worst.
         worst = pool.score[:, -1]
-        live, best = jax.lax.top_k(jnp.where(ended, NEG, score), width)
-        parent, token, log_prob = gather((parent, token, log_prob), best)
+        score = jnp.where(ended, NEG, score)
+        if needs:
+            turn = jnp.where(score > NEG, _places(bank, ~ended), score.shape[1])
+            best = jnp.lexsort((bank, turn))[:, :width]  # of equals, the likelier comes first
+        else:
+            best = jax.lax.top_k(score, width)[1]
+        live, parent, token, log_prob = gather((score, parent, token, log_prob), best)
         kindest = penalty(n[:, 0])
         if stop_when == "exact":
             kindest = jnp.maximum(kindest, penalty(state.limit))
-        enough = worst > NEG if stop_when == "full" else live[:, 0] / kindest <= worst
-        stop = last[:, 0] | (live[:, 0] <= NEG) | enough
+        likeliest = live.max(-1)
+        enough = worst > NEG if stop_when == "full" else likeliest / kindest <= worst
+        stop = last[:, 0] | (likeliest <= NEG) | enough
         return Choice(
             parent, token, log_prob, jnp.broadcast_to(stop[:, None], token.shape), (live, pool)
         )
 
     return Strategy(width, init, choose, lambda state: state.strategy[1])
+
+
+def _places(bank: Int[Array, "B N"], counts: Bool[Array, "B N"]) -> Int[Array, "B N"]:
+    """How many of those that count stand before each in its bank, likelier ones first."""
+    before = jnp.tri(bank.shape[1], k=-1, dtype=bool) & counts[:, None]
+    return ((bank[:, :, None] == bank[:, None]) & before).sum(-1)
 
 
 def continuations(width: int, eos_ids: Int[Array, " E"]) -> int:

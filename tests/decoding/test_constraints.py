@@ -12,6 +12,8 @@ from toy_decoder import EOS, hypotheses, lengthen, sequences, strategy_named, to
 
 from jaxformer.decoding.constraints import Table, constrained, stopping
 from jaxformer.decoding.loop import Finish
+from jaxformer.decoding.processors import chain
+from jaxformer.decoding.strategies import beam
 
 STATES, LENGTH = 5, 4
 
@@ -85,6 +87,90 @@ def test_a_wide_beam_is_brute_force_over_what_is_accepted(seed, alpha):
         np.testing.assert_allclose(
             [h[1] for h in found], [score for score, _ in ranked], rtol=1e-4, atol=1e-4
         )
+
+
+def shared_out(model, table, row, width, length, alpha):
+    """Beam search on lists, its beams shared out among banks: (score, tokens) of the pool."""
+
+    def need_of(tokens):
+        state = 0
+        for token in tokens:
+            state = table.following[state, table.class_of[token]]
+        return max(table.need[state], 0) if state >= 0 else None
+
+    def rank(found):
+        """The likeliest first, and with its place in its bank."""
+        found = sorted(found, key=lambda each: -each[0])
+        places = [
+            sum(need_of(b[1]) == need_of(each[1]) for b in found[:i])
+            for i, each in enumerate(found)
+        ]
+        return list(zip(places, found, strict=True))
+
+    live, pool = [(0.0, ())], []
+    for t in range(length):
+        scored = []
+        for score, tokens in live:
+            kinds = {}
+            for token, step in enumerate(model.next(row, tokens)):
+                after = (*tokens, token)
+                need = need_of(after)
+                if need is not None and need <= length - t - 1:
+                    kind = "end" if token == EOS else need < need_of(tokens)
+                    kinds.setdefault(kind, []).append((score + step, after))
+            for kind in kinds.values():  # no more than this of each
+                scored += sorted(kind, reverse=True)[:width]
+        pool += [
+            (score / lengthen(t + 1, alpha, "wu"), tokens)
+            for place, (score, tokens) in rank(scored)
+            if place < width and (tokens[-1] == EOS or t + 1 == length)
+        ]
+        pool = sorted(pool, reverse=True)[:width]
+        going = rank([each for each in scored if each[1][-1] != EOS])
+        going.sort(key=lambda each: (each[0], need_of(each[1][1])))
+        live = [each for _, each in going[:width]]
+    return pool
+
+
+@cache
+def banked(width: int):
+    def decode(model, table, limit, alpha):
+        processor = constrained(Table(*map(jnp.asarray, table)), limit)
+        strategy = beam(width, alpha, needs=chain(processor).needs)
+        return model.decode(strategy, chain(processor), length=LENGTH + 2, limit=limit)
+
+    return jax.jit(decode)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.6, 2.0]), st.sampled_from([2, 3]))
+@settings(max_examples=60, deadline=None)
+def test_beams_are_shared_out_among_those_that_need_more_and_less(seed, alpha, width):
+    model, table = toy(seed), random_table(seed, 5)
+    limit = np.full(2, LENGTH + 2, np.int32)
+    decoded = banked(width)(model, table, limit, alpha)
+    for row in range(2):
+        wanted = shared_out(model, table, row, width, LENGTH + 2, alpha)
+        found = [h for h in hypotheses(decoded, row) if h[3] != Finish.DEAD_END]
+        np.testing.assert_allclose(
+            [h[1] for h in found], [score for score, _ in wanted], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_phrase_stands_where_it_costs_least():
+    """And not where the room ends, as it does when only the likeliest hypotheses live."""
+    model = toy(3)
+    model.out[:] = 0  # tokens are equally likely, but for the phrase's, which is not, and the end's
+    model.out[0] = [0, 1, 0, 0, -2]
+    following = np.array([[0, -1, 0, 0, 1], [1, 2, 1, 1, 1], [-1] * 5])
+    table = Table(following, np.arange(5), np.array([1, 0, -1]))
+    limit = np.full(2, LENGTH + 2, np.int32)
+    shared = banked(2)(model, table, limit, 0.0)
+    limit = jnp.asarray(limit)
+    alone = model.decode(beam(2, 0.0), constrained(table, limit), length=LENGTH + 2, limit=limit)
+    for row in range(2):
+        [best, *_], [late, *_] = hypotheses(shared, row), hypotheses(alone, row)
+        assert best[0][-2:] == (4, EOS) and len(best[0]) < LENGTH and best[1] > late[1]
+        assert late[0][-1] == 4 and len(late[0]) == LENGTH + 2
 
 
 def test_another_table_of_the_same_size_compiles_nothing():
