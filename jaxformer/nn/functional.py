@@ -55,9 +55,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def project(
-    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: Any
+    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: Any, on_cpu: bool = False
 ) -> Float[Array, "*B O"]:
-    """x W^T, in `dtype`, in the form that is fastest for so many rows."""
+    """x W^T, in `dtype`, in the form that is fastest for so many rows.
+
+    With `on_cpu`, where that is known, only what a CPU runs is traced.
+    """
 
     def straight(x: Array, weight: Array) -> Array:
         return jnp.matmul(x, weight.T, preferred_element_type=dtype)
@@ -68,16 +71,13 @@ def project(
         return jax.lax.optimization_barrier(y).T
 
     rows = x.reshape(-1, x.shape[-1])
-    return _product(len(rows), straight, turned, rows, weight).reshape(*x.shape[:-1], -1)
-
-
-def _product(
-    rows: int, straight: Callable[..., Array], turned: Callable[..., Array], *factors: Array
-) -> Array:
-    """A product of so many rows with a larger factor: on a CPU, if they are few, `turned`."""
-    if rows > FEW:
-        return straight(*factors)
-    return jax.lax.platform_dependent(*factors, cpu=turned, default=straight)
+    if len(rows) > FEW:
+        y = straight(rows, weight)
+    elif on_cpu:
+        y = turned(rows, weight)
+    else:
+        y = jax.lax.platform_dependent(rows, weight, cpu=turned, default=straight)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def attention_mask(
@@ -171,7 +171,11 @@ def attend_cached(
         return jnp.moveaxis(jax.lax.optimization_barrier(y), 2, -1)
 
     def read(size: int) -> Float[Array, "B K G T H"]:
-        logits = _product(n // k * t, straight, turned, q, key[:, :, :size])
+        keys = key[:, :, :size]
+        if n // k * t <= FEW:
+            logits = jax.lax.platform_dependent(q, keys, cpu=turned, default=straight)
+        else:
+            logits = straight(q, keys)
         near = None if bias is None else bias[..., :size]
         weights = _weights(logits, mask[..., :size], near, cap).astype(value.dtype)
         return jnp.einsum("bkgts,bksh->bkgth", weights, value[:, :, :size])

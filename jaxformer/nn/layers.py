@@ -44,7 +44,8 @@ def kernel_init(config: ModelConfig, n_in: int, n_out: int, gain: float) -> Init
 def packed_product(module: nn.Module, x: Float[Array, "*B I"]) -> Float[Array, "*B O"] | None:
     """`x` times what `module` has in place of a kernel, packed or quantised; None if nothing."""
     if module.has_variable("params", "packed"):
-        return f.project(x, module.get_variable("params", "packed").astype(x.dtype), x.dtype)
+        packed = module.get_variable("params", "packed").astype(x.dtype)
+        return f.project(x, packed, x.dtype, on_cpu=True)
     if module.has_variable("params", "int8"):
         int8, scale = (module.get_variable("params", name) for name in ("int8", "scale"))
         return project_int8(x, int8, scale, x.dtype)

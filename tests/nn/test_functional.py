@@ -171,6 +171,7 @@ def test_attention_mask(q_pos, kv_pos, q_seg, kv_seg, segments, causal, window):
 def test_rows_are_projected_alike_however_many(rows, dtype):
     x, weight = jnp.asarray(normal(rows, 5), dtype), jnp.asarray(normal(7, 5), dtype)
     found = f.project(x, weight, jnp.float32)
+    np.testing.assert_array_equal(found, f.project(x, weight, jnp.float32, on_cpu=True))
     wanted = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
     assert found.dtype == jnp.float32 and found.shape == (rows, 7)
     np.testing.assert_allclose(found, wanted, **close)
