@@ -2,10 +2,10 @@
 
     python benchmarks/costs.py [--runs 5] [--json FILE]
 
-A cache is as long as the longest text could be, and a token should cost what the cache holds: 16
-tokens in and 48 out, with room for 128, 512 and 2048, in a Llama of 135M with random weights.
-Compilation is that of T5-small, 64 tokens in and 64 out, each in a process of its own: with nothing
-cached, and from the cache that this left.
+Keys and values have room for the longest text there may be, for which a token should cost no more:
+16 tokens in and 48 out, with room for 128, 512 and 2048, in a Llama of 135M with random weights.
+Compilation is that of T5-small, 64 tokens in and 64 out, each in a process of its own: with an
+empty compilation cache, and from what this left in it.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def compilations(runs: int) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 for name in seconds:
                     command = [sys.executable, __file__, "--compile", str(beams), "--cache", folder]
-                    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+                    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                     seconds[name].append(float(printed.stdout))
         median = {name: statistics.median(each) for name, each in seconds.items()}
         print(

@@ -241,7 +241,7 @@ def begin(
     slots = (method.length + spare) * method.width
     read = read_prompt(config, method, params, job.prompt, slots)
     processor = _processor(config, method, job)
-    strategy = _strategy(method, job, processor, read)
+    strategy = _strategy(method, job, processor.needs, read)
     now = jnp.broadcast_to(read.last[:, None], (len(read.last), method.width, config.d_model))
     return loop.begin(
         _head(config, method, params)(read.last),
@@ -268,7 +268,7 @@ def advance(
     """The state after `chunks` times `chunk` more steps, or once all rows are at their end."""
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))
     processor = _processor(config, method, job)
-    strategy = _strategy(method, job, processor)
+    strategy = _strategy(method, job, processor.needs)
     return loop.advance(
         step, state, strategy, processor, pad_id=method.pad_id, chunk=chunk, chunks=chunks
     )
@@ -449,10 +449,11 @@ def _speculate(
 def _strategy(
     method: Method,
     job: Request,
-    processor: processors.Processor | None = None,
+    needs: Any = None,
     read: Read | None = None,
 ) -> Strategy:
-    """How tokens that were processed are chosen; to begin with, after a prompt that was read."""
+    """How tokens are chosen, with what the processor says that texts need; to begin with, after a
+    prompt that was read. To finish takes neither."""
     width, numbers = method.width, job.numbers
     if method.contrastive:
         prompt = (None, None) if read is None else (read.hidden, read.there)
@@ -465,7 +466,7 @@ def _strategy(
             method.norm,
             method.early_stopping,
             many_ends=job.stops is not None,
-            needs=processor.needs if processor and method.banks else None,
+            needs=needs if method.banks else None,
         )
         if method.sampling:
             return beam_sample(search)

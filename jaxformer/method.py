@@ -91,7 +91,7 @@ def method_of(
         forced_last=options.forced_last,
         beams=options.beams,
         groups=options.groups,
-        banks=options.beams > 1 and bool(options.include),
+        banks=bool(options.include) and options.beams > options.groups and not options.sampling,
         contrastive=options.contrastive > 0,
         guesses=options.lookup,
         prefill=options.prefill,

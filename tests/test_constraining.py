@@ -152,6 +152,8 @@ def test_phrases_are_included_and_prefixes_begin(kind, way):
 @pytest.mark.slow
 def test_beams_write_a_phrase_before_the_room_ends():
     best, *_, last = generated("byte-level", "beam", include=("bead",))
+    for h in generated("byte-level", "beam", include=("bead", "ab|é"), groups=2, stop=("1",)):
+        assert h.finish == "stop" or "bead" in h.text and ("ab" in h.text or "é" in h.text)
     alone = generated("byte-level", "greedy", include=("bead",))
     assert all(h.text.endswith("bead") for h in alone)  # where nothing else would do
     assert not best.text.endswith("bead") and not last.text.endswith("bead")

@@ -44,13 +44,15 @@ def constrained(table: Table, limit: Int[Array, " B"]) -> Processor:
         return jnp.where(allowed[..., class_of], logits, -jnp.inf)
 
     def needs(states, token):
-        state = states[0]
-        if token is not None:
-            state = state.reshape(*state.shape, *(1,) * (token.ndim - 2))
-            state = following[state, class_of[token]]
-        return jnp.where(state >= 0, jnp.maximum(need[state], 0), NEVER)
+        state, _ = states
+        if token is None:
+            return jnp.maximum(need[state], 0)
+        after = following[state]  # B W C
+        after = jnp.where(after >= 0, jnp.maximum(need[after], 0), NEVER)
+        kind = class_of[token]
+        return after[..., kind] if token.ndim == 1 else jnp.take_along_axis(after, kind, -1)
 
-    # A finished hypothesis is fed padding, which may lead to -1; nothing reads its state again.
+    # A finished hypothesis is fed padding, which may lead to -1; nothing asks for what follows.
     return Processor(
         lambda b, w: (jnp.zeros((b, w), jnp.int32), jnp.zeros((b, w), jnp.int32)),
         apply,

@@ -24,7 +24,7 @@ class Finish(IntEnum):
     LIMIT = 1
     """It reached its row's limit."""
     DEAD_END = 2
-    """Every next token was forbidden, or no further hypothesis exists."""
+    """Every next token was forbidden or is no number, or no further hypothesis exists."""
     STOP = 3
     """It spelt a text at which it was to stop."""
 

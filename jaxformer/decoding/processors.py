@@ -29,8 +29,8 @@ class Processor(NamedTuple):
     ends: Callable[[Any, Array], Array] = lambda state, token: jnp.zeros(token.shape, bool)
     """(state, tokens "B W ...") -> whether each would end its hypothesis."""
     needs: Callable[[Any, Array | None], Array] | None = None
-    """(state, tokens "B W ..." or None) -> how many more tokens are asked for after each of them,
-    or as it stands; None if this processor asks for none."""
+    """(state, tokens "B W k", or "k" for every hypothesis, or None) -> how many more tokens are
+    asked for after each of them, or as it stands; None if this processor asks for none."""
 
 
 def chain(*parts: Processor) -> Processor:
@@ -43,7 +43,7 @@ def chain(*parts: Processor) -> Processor:
 
     def needs(states, token):
         both = zip(parts, states, strict=True)
-        return reduce(jnp.add, (part.needs(state, token) for part, state in both if part.needs))
+        return reduce(jnp.maximum, (part.needs(state, token) for part, state in both if part.needs))
 
     return Processor(
         lambda b, w: tuple(part.init(b, w) for part in parts),
@@ -217,11 +217,13 @@ def forced(token: int, at: int | Int[Array, " B"], others: Processor) -> Process
             now, jnp.where(ids == token, certain, -jnp.inf), others.apply(logits, state)
         )
 
+    of_others = others.needs
     return Processor(
         lambda b, w: (jnp.zeros((b, w), jnp.int32), others.init(b, w)),
         apply,
         lambda states, token: (states[0] + 1, others.update(states[1], token)),
         lambda states, token: others.ends(states[1], token),
+        of_others and (lambda states, token: of_others(states[1], token)),
     )
 
 

@@ -60,9 +60,10 @@ def beam(
     hypothesis, and not only the ends of sequence.
 
     With a processor's `needs`, hypotheses that still need equally many tokens make a bank, and the
-    beams are shared out among the banks, the best of each before the second of any, so that those
-    on their way to a phrase, which seldom are the likeliest, live on (Post and Vilar 2018). Only
-    the `width` best of those that need nothing may end.
+    beams are shared out among the banks, so that those on their way to a phrase, which seldom are
+    the likeliest, live on (Post and Vilar 2018): the likeliest of all, then the best of each bank,
+    that which needs least first, then the second of each. Only the `width` best of a bank may end.
+    Where the banks are more than the beams, those that need most are seldom tried.
     """
     needs = needs if width > 1 else None
 
@@ -87,16 +88,17 @@ def beam(
 
         # The best continuations of each beam: log-softmax keeps their order, so it can wait.
         if width > 1 and (many_ends or needs):
-            every = jnp.broadcast_to(jnp.arange(vocabulary), logits.shape)
-            ending_here = ends(state.processor, every)
+            every = jnp.arange(vocabulary)
+            ending_here = ends(state.processor, jnp.broadcast_to(every, logits.shape))
             kinds = [~ending_here, ending_here]
             if needs:
                 now = needs(state.processor, None)[..., None]
                 nearer = needs(state.processor, every) < now
                 kinds = [nearer & kinds[0], ~nearer & kinds[0], ending_here]
+            # As many of each kind as may live, for none of a kind may be among the likeliest.
             k = min(width, vocabulary)
-            best = [top_k(jnp.where(kind, logits, -jnp.inf), k) for kind in kinds]
-            values, token = (jnp.concatenate(parts, -1) for parts in zip(*best, strict=True))
+            found = [top_k(jnp.where(kind, logits, -jnp.inf), k) for kind in kinds]
+            values, token = (jnp.concatenate(parts, -1) for parts in zip(*found, strict=True))
             wanted = width * token.shape[-1]
         else:
             wanted = continuations(width, state.eos_ids)
@@ -117,7 +119,7 @@ def beam(
         n = (state.t + 1)[:, None]
         last = (state.t + 1 >= state.limit)[:, None]
 
-        # Finished ones enter the pool, if they are among the `width` best of this step.
+        # Finished ones enter the pool, if they are among the `width` best of this step or bank.
         place = _places(bank, jnp.ones_like(ended)) if needs else jnp.arange(score.shape[1])
         enters = (ended | last) & (score > NEG) & (place < width)
         finished = Decoded(
@@ -136,7 +138,8 @@ def beam(
         score = jnp.where(ended, NEG, score)
         if needs:
             turn = jnp.where(score > NEG, _places(bank, ~ended), score.shape[1])
-            best = jnp.lexsort((bank, turn))[:, :width]  # of equals, the likelier comes first
+            turn = jnp.where(jnp.arange(turn.shape[1]) == score.argmax(-1)[:, None], -1, turn)
+            best = jnp.lexsort((bank, turn))[:, :width]
         else:
             best = jax.lax.top_k(score, width)[1]
         live, parent, token, log_prob = gather((score, parent, token, log_prob), best)
@@ -154,9 +157,13 @@ def beam(
 
 
 def _places(bank: Int[Array, "B N"], counts: Bool[Array, "B N"]) -> Int[Array, "B N"]:
-    """How many of those that count stand before each in its bank, likelier ones first."""
-    before = jnp.tri(bank.shape[1], k=-1, dtype=bool) & counts[:, None]
-    return ((bank[:, :, None] == bank[:, None]) & before).sum(-1)
+    """How many of those that count stand before each in its bank."""
+    order = jnp.argsort(bank, axis=-1, stable=True)
+    bank, counts = gather((bank, counts.astype(jnp.int32)), order)
+    before = jnp.cumsum(counts, -1) - counts
+    begins = jnp.diff(bank, axis=-1, prepend=-1) > 0
+    before -= jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
+    return gather(before, jnp.argsort(order, axis=-1))
 
 
 def continuations(width: int, eos_ids: Int[Array, " E"]) -> int:

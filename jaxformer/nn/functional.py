@@ -59,7 +59,7 @@ def project(
 ) -> Float[Array, "*B O"]:
     """x W^T, in `dtype`, in the form that is fastest for so many rows.
 
-    With `on_cpu`, where that is known, only what a CPU runs is traced.
+    `on_cpu`: the caller knows that this runs on a CPU, and no other form need be traced.
     """
 
     def straight(x: Array, weight: Array) -> Array:
@@ -71,13 +71,23 @@ def project(
         return jax.lax.optimization_barrier(y).T
 
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW:
-        y = straight(rows, weight)
-    elif on_cpu:
-        y = turned(rows, weight)
-    else:
-        y = jax.lax.platform_dependent(rows, weight, cpu=turned, default=straight)
+    y = _product(len(rows), straight, turned, rows, weight, on_cpu=on_cpu)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _product(
+    rows: int,
+    straight: Callable[..., Array],
+    turned: Callable[..., Array],
+    *factors: Array,
+    on_cpu: bool = False,
+) -> Array:
+    """A product of so many rows with a larger factor: on a CPU, if they are few, `turned`."""
+    if rows > FEW:
+        return straight(*factors)
+    if on_cpu:
+        return turned(*factors)
+    return jax.lax.platform_dependent(*factors, cpu=turned, default=straight)
 
 
 def attention_mask(
@@ -166,16 +176,13 @@ def attend_cached(
     def straight(q: Array, key: Array) -> Array:
         return jnp.einsum("bkgth,bksh->bkgts", q, key, preferred_element_type=jnp.float32)
 
-    def turned(q: Array, key: Array) -> Array:
+    def turned(q: Array, key: Array) -> Array:  # as in `project`
         y = jnp.einsum("bksh,bkgth->bksgt", key, q, preferred_element_type=jnp.float32)
         return jnp.moveaxis(jax.lax.optimization_barrier(y), 2, -1)
 
     def read(size: int) -> Float[Array, "B K G T H"]:
-        keys = key[:, :, :size]
-        if n // k * t <= FEW:
-            logits = jax.lax.platform_dependent(q, keys, cpu=turned, default=straight)
-        else:
-            logits = straight(q, keys)
+        # Each key meets so many queries: those of its group, at each of the t places.
+        logits = _product(n // k * t, straight, turned, q, key[:, :, :size])
         near = None if bias is None else bias[..., :size]
         weights = _weights(logits, mask[..., :size], near, cap).astype(value.dtype)
         return jnp.einsum("bkgts,bksh->bkgth", weights, value[:, :, :size])

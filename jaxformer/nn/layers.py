@@ -45,7 +45,7 @@ def packed_product(module: nn.Module, x: Float[Array, "*B I"]) -> Float[Array, "
     """`x` times what `module` has in place of a kernel, packed or quantised; None if nothing."""
     if module.has_variable("params", "packed"):
         packed = module.get_variable("params", "packed").astype(x.dtype)
-        return f.project(x, packed, x.dtype, on_cpu=True)
+        return f.project(x, packed, x.dtype, on_cpu=True)  # for which alone `prepare` packs
     if module.has_variable("params", "int8"):
         int8, scale = (module.get_variable("params", name) for name in ("int8", "scale"))
         return project_int8(x, int8, scale, x.dtype)

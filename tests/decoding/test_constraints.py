@@ -12,7 +12,7 @@ from toy_decoder import EOS, hypotheses, lengthen, sequences, strategy_named, to
 
 from jaxformer.decoding.constraints import Table, constrained, stopping
 from jaxformer.decoding.loop import Finish
-from jaxformer.decoding.processors import chain
+from jaxformer.decoding.processors import chain, forced
 from jaxformer.decoding.strategies import beam
 
 STATES, LENGTH = 5, 4
@@ -71,11 +71,13 @@ def test_what_comes_out_is_accepted_or_cannot_be(name, width, seed, limit):
                 assert (tokens[-1] == EOS) == (finish == Finish.EOS)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @given(st.integers(0, 2**32 - 1), st.sampled_from([-1.0, 0.0, 0.6, 2.0]))
-@settings(max_examples=60, deadline=None)
-def test_a_wide_beam_is_brute_force_over_what_is_accepted(seed, alpha):
+@settings(max_examples=40, deadline=None)
+def test_a_wide_beam_is_brute_force_over_what_is_accepted(shared, seed, alpha):
     model, table = toy(seed, vocabulary=4), random_table(seed, 4)
-    decoded = compiled("beam", 108)(model, table, np.array([LENGTH, 3], np.int32), alpha)
+    limits = np.array([LENGTH, 3], np.int32)
+    decoded = (banked(108) if shared else compiled("beam", 108))(model, table, limits, alpha)
     for row, limit in enumerate((LENGTH, 3)):
         ranked = sorted(
             (model.log_prob(row, tokens) / lengthen(len(tokens), alpha, "wu"), tokens)
@@ -127,8 +129,8 @@ def shared_out(model, table, row, width, length, alpha):
         ]
         pool = sorted(pool, reverse=True)[:width]
         going = rank([each for each in scored if each[1][-1] != EOS])
-        going.sort(key=lambda each: (each[0], need_of(each[1][1])))
-        live = [each for _, each in going[:width]]
+        others = sorted(going[1:], key=lambda each: (each[0], need_of(each[1][1])))
+        live = [each for _, each in going[:1] + others][:width]
     return pool
 
 
@@ -136,13 +138,14 @@ def shared_out(model, table, row, width, length, alpha):
 def banked(width: int):
     def decode(model, table, limit, alpha):
         processor = constrained(Table(*map(jnp.asarray, table)), limit)
-        strategy = beam(width, alpha, needs=chain(processor).needs)
-        return model.decode(strategy, chain(processor), length=LENGTH + 2, limit=limit)
+        processor = forced(0, -1, chain(processor))  # no token is number -1
+        strategy = beam(width, alpha, needs=processor.needs)
+        return model.decode(strategy, processor, length=LENGTH + 2, limit=limit)
 
     return jax.jit(decode)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.6, 2.0]), st.sampled_from([2, 3]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.6, 2.0]), st.sampled_from([2, 3, 5]))
 @settings(max_examples=60, deadline=None)
 def test_beams_are_shared_out_among_those_that_need_more_and_less(seed, alpha, width):
     model, table = toy(seed), random_table(seed, 5)
