@@ -563,8 +563,8 @@ class DecodeConfig:
     include: tuple[str, ...] = ()
     """Phrases that every text has in it, within a word too; "colour|color" is either of two, and
     \\| is a bar. A phrase that the model would not write by itself stands where the room ends, but
-    in beam search, which shares its beams out among texts that have more and less of the phrases,
-    and should have more beams than those have tokens (Post and Vilar 2018)."""
+    in beam search without sampling, which shares its beams out among texts that have more and less
+    of the phrases, and should have more beams than those have tokens (Post and Vilar 2018)."""
     prefix: str = ""
     """What every text begins with."""
     allowed: tuple[str, ...] = ()

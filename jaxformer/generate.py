@@ -447,10 +447,7 @@ def _speculate(
 
 
 def _strategy(
-    method: Method,
-    job: Request,
-    needs: Any = None,
-    read: Read | None = None,
+    method: Method, job: Request, needs: Any = None, read: Read | None = None
 ) -> Strategy:
     """How tokens are chosen, with what the processor says that texts need; to begin with, after a
     prompt that was read. To finish takes neither."""

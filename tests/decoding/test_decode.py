@@ -124,6 +124,16 @@ def test_every_token_banned_is_a_dead_end(name, width):
     assert jnp.isfinite(decoded.score).all() and jnp.isfinite(decoded.log_prob).all()
 
 
+@every_strategy
+@pytest.mark.parametrize("tokens", [slice(None), 2], ids=["all", "one"])
+def test_logits_that_are_no_numbers_are_a_dead_end(name, width, tokens):
+    model = toy(0)
+    model.out[:, tokens] = np.nan
+    decoded = run(model, name, width)
+    assert (decoded.finish == Finish.DEAD_END).all() and (decoded.length == 0).all()
+    assert jnp.isfinite(decoded.score).all()
+
+
 @pytest.mark.parametrize(("name", "width"), [("greedy", 1), ("sample", 3)])
 def test_a_dead_end_keeps_what_was_generated(name, width):
     model = toy(0)
