@@ -83,7 +83,7 @@ def compilation(beams: int) -> float:
     jax.block_until_ready(params)
     method, job = asked(config, 1, 64, DecodeConfig(beams=beams, max_length=64, min_length=64))
     start = time.perf_counter()
-    _decode.trace(config, None, method, params, None, job).lower().compile()
+    _decode.trace(None, config, None, method, params, None, job).lower().compile()
     return time.perf_counter() - start
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import sharding
@@ -61,6 +61,10 @@ class Request(NamedTuple):
     """The texts at which they end."""
 
 
+BY_ROW: Any = Request._make([True] * 3 + [False] * 4)
+"""Which parts of a request have rows."""
+
+
 class Carried(NamedTuple):
     """What a step hands to the next."""
 
@@ -71,9 +75,8 @@ class Carried(NamedTuple):
 
 def prepare(params: Any) -> Any:
     """Parameters as `decode_batch` takes them, made once for many batches."""
-    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    devices = {device for leaf in arrays for device in leaf.devices()}
-    return _prepare([device.platform for device in devices] == ["cpu"], params)
+    platforms = {device.platform for device in sharding.devices_of(params)}
+    return _prepare(platforms == {"cpu"}, params)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -191,35 +194,12 @@ def _run(
     if small is not None:
         (smaller, guesser), method = small, method._replace(guesses=options.guesses)
     mesh = sharding.copies(params)
-    if mesh is None:
-        return sharding.fetch(_decode(config, smaller, method, params, guesser, job))
-    return sharding.fetch(_decode_over(mesh, config, smaller, method, params, guesser, job))
+    return sharding.fetch(_decode(mesh, config, smaller, method, params, guesser, job))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _decode_over(
-    mesh: Mesh,
-    config: ModelConfig,
-    smaller: ModelConfig | None,
-    method: Method,
-    params: Any,
-    small: Any,
-    job: Request,
-) -> Decoded:
-    """`_decode` with the rows cut over devices that each hold the model, and never talk."""
-    rows: Any = PartitionSpec(mesh.axis_names)
-    whole: Any = PartitionSpec()
-    return jax.shard_map(
-        partial(_decode, config, smaller, method),
-        mesh=mesh,
-        in_specs=(whole, whole, Request._make([rows] * 3 + [whole] * 4)),
-        out_specs=rows,
-        check_vma=False,
-    )(params, small, job)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(
+    mesh: Mesh | None,
     config: ModelConfig,
     smaller: ModelConfig | None,
     method: Method,
@@ -227,11 +207,15 @@ def _decode(
     small: Any,
     job: Request,
 ) -> Decoded:
-    """Encode, prefill and decode a batch of prompts."""
-    if method.guesses:
-        return _speculate(config, smaller, method, params, small, job)
-    state = begin(config, method, params, job)
-    return ended(method, job, advance(config, method, params, job, state))
+    """Encode, prefill and decode a batch of prompts, over devices that each hold the model."""
+
+    def decode(params: Any, small: Any, job: Request) -> Decoded:
+        if method.guesses:
+            return _speculate(config, smaller, method, params, small, job)
+        state = begin(config, method, params, job)
+        return ended(method, job, advance(config, method, params, job, state))
+
+    return sharding.over_rows(mesh, decode, False, False, BY_ROW)(params, small, job)
 
 
 def begin(

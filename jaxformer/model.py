@@ -184,7 +184,7 @@ class Model:
         if refilled:
             for length in buckets:
                 warm_rows(*known, length, decode)
-                warm.append((places_of(decode, decode.batch_size), length))
+                warm.append((parts * places_of(decode, decode.batch_size), length))
         return list(dict.fromkeys(warm))
 
     def stream(
@@ -443,6 +443,8 @@ class Model:
             )
         if draft.config.n_decoder_layers == 0 or draft.config.kind != self.config.kind:
             raise ConfigError(f"the draft model is {draft.config.kind}, not {self.config.kind}.")
+        if sharding.devices_of(draft._prepared) != sharding.devices_of(self._prepared):
+            raise ConfigError("the draft model is on other devices; load both with the same mesh.")
         _require_single(decode, "a draft model")
         return Small(draft.config, draft._prepared)
 
@@ -514,8 +516,8 @@ class Model:
 
     def _refills(self, n: int, decode: DecodeConfig, small: Small | None) -> bool:
         """Whether of `n` prompts those that end hand their places to others."""
-        few = n <= 2 * decode.batch_size
-        return not few and self.copies == 1 and small is None and can_refill(decode)
+        few = n <= 2 * decode.batch_size * self.copies
+        return not few and small is None and can_refill(decode)
 
     def _ranked(self, decoded: Decoded, row: int, decode: DecodeConfig) -> tuple[Hypothesis, ...]:
         """The `n_best` hypotheses of a row; dead ends last."""

@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxformer import generate, sharding
@@ -17,9 +19,10 @@ from jaxformer.batching import pad
 from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, DecodeState
-from jaxformer.generate import Request, blanks, request
+from jaxformer.generate import BY_ROW, Request, blanks, request
 from jaxformer.method import Method
 from jaxformer.nn.cache import slide
+from jaxformer.sharding import over_rows
 from jaxformer.types import Tokens
 
 CHUNK = 16
@@ -44,11 +47,11 @@ def stream_batch(
 ) -> Iterator[Look]:
     """`decode_batch`, looked at after each `every` steps; the last look is what that returns."""
     method, job = request(config, tokenizer, prompt, row_ids, options)
-    state = _begin(config, method, 0, params, job)
+    state = _begin(None, config, method, 0, params, job)
     done = False
     while not done:
-        state = _advance(config, method, every, params, job, state)
-        decoded, done = sharding.fetch((_ended(method, job, state), state.done.all()))
+        state = _advance(None, config, method, every, params, job, state)
+        decoded, done = sharding.fetch((_ended(None, method, job, state), state.done.all()))
         yield Look(decoded, bool(done))
 
 
@@ -64,8 +67,8 @@ def decode_rows(
     """Decode any number of prompts, none over `length` tokens: numbers of those that came to their
     end, and what became of them. Row i draws from the key of `row_ids[i]`.
 
-    At most `options.batch_size` are decoded at once. When a quarter of them have ended, others take
-    their places in the cache.
+    Each device that holds a copy of the model decodes at most `options.batch_size` at once. When a
+    quarter of all have ended, others take their places in the caches.
     """
     method, whole = request(
         config, tokenizer, pad(prompts, length, tokenizer.pad_id), row_ids, options
@@ -80,66 +83,70 @@ def decode_rows(
             row_ids=whole.row_ids[rows],
         )
 
-    places = places_of(options, len(prompts))
-    quarter = max(places // 4, 1)
-    held = np.arange(places)
-    waiting = list(range(places, len(prompts)))
-    open_ = np.ones(places, bool)  # whose end nobody has seen yet
+    mesh = sharding.copies(params)
+    parts = 1 if mesh is None else mesh.size
+    places = places_of(options, max(len(prompts) // parts, 1))  # of each device
+    held = np.arange(parts * places) % len(prompts)
+    waiting = list(range(len(held), len(prompts)))
+    open_ = np.arange(len(held)) < len(prompts)  # whose end nobody has seen yet
     job = of(held)
-    state = _begin(config, method, CHUNK, params, job)
+    state = _begin(mesh, config, method, CHUNK, params, job)
     slots = state.cache.cache.pos.shape[1]
-    first = filled = int(state.cache.cache.filled)
+    first = filled = _filled(state)
     while open_.any():
         if filled + CHUNK * method.width > slots:
-            done, t = sharding.fetch((state.done.all(1), state.t))
-            used = int(np.where(done, 0, t).max()) * method.width
-            state, filled = _slide(first, state, used), first + used
-        state = _advance(config, method, CHUNK, params, job, state)
-        filled += CHUNK * method.width
+            state = _slide(mesh, first, state)
+        state = _advance(mesh, config, method, CHUNK, params, job, state)
         done = sharding.fetch(state.done.all(1))
-        if done.sum() < (quarter if waiting else places):
+        filled = _filled(state)
+        if done.sum() < (max(len(held) // 4, 1) if waiting else len(held)):
             continue
         ended = np.flatnonzero(done & open_)
-        decoded = sharding.fetch(_ended(method, job, state))
+        decoded = sharding.fetch(_ended(mesh, method, job, state))
         yield held[ended].tolist(), Decoded(*(leaf[ended] for leaf in decoded))
         open_[ended] = False
-        free = np.flatnonzero(done)
-        while waiting and len(free) >= quarter:
-            size = 1 << (len(free).bit_length() - 1)  # few sizes, few compilations
-            new, waiting = waiting[:size], waiting[size:]
-            at, free = free[: len(new)], free[size:]
-            held[at], open_[at] = new, True
+        free = [np.flatnonzero(part) for part in done.reshape(parts, places)]
+        while waiting and (most := max(map(len, free))) >= max(places // 4, 1):
+            size = 1 << (most.bit_length() - 1)  # few sizes, few compilations
+            at = np.full((parts, size), places)  # beyond the last is nowhere
+            new = np.full((parts, size), waiting[0])
+            for part in range(parts):
+                n = min(size, len(free[part]), -(-len(waiting) // (parts - part)))
+                mine, waiting = waiting[:n], waiting[n:]
+                at[part, :n], free[part] = free[part][:n], free[part][n:]
+                new[part, :n] = mine
+                rows = part * places + at[part, :n]
+                held[rows], open_[rows] = mine, True
             job = of(held)
-            nowhere = [places] * (size - len(new))
-            fresh = of(new + new[:1] * len(nowhere))
-            state = _refill(
-                config, method, params, fresh, state, np.concatenate([at, nowhere]).astype(int)
-            )
+            state = _refill(mesh, config, method, params, of(new.ravel()), state, at.ravel())
 
 
 def warm_rows(
     config: ModelConfig, params: Any, tokenizer: Tokenizer, length: int, options: DecodeConfig
 ) -> None:
     """Compile what `decode_rows` runs for any number of prompts over `options.batch_size`."""
+    mesh = sharding.copies(params)
+    parts = 1 if mesh is None else mesh.size
     places = places_of(options, options.batch_size)
-    for method, job in blanks(config, tokenizer, places, length, options):
-        state = _begin(config, method, CHUNK, params, job)
-        state = _slide(int(state.cache.cache.filled), state, 0)
-        state = _advance(config, method, CHUNK, params, job, state)
-        sharding.fetch((state.done.all(1), _ended(method, job, state)))
+    for method, job in blanks(config, tokenizer, parts * places, length, options, parts):
+        state = _begin(mesh, config, method, CHUNK, params, job)
+        state = _slide(mesh, _filled(state), state)
+        state = _advance(mesh, config, method, CHUNK, params, job, state)
+        sharding.fetch((state.done.all(1), _ended(mesh, method, job, state)))
         size = max(places // 4, 1)
         while size <= places:
+            rows = parts * size
             fresh = job._replace(
-                prompt=Tokens(*(x[:size] for x in job.prompt)),
-                limit=job.limit[:size],
-                row_ids=job.row_ids[:size],
+                prompt=Tokens(*(x[:rows] for x in job.prompt)),
+                limit=job.limit[:rows],
+                row_ids=job.row_ids[:rows],
             )
-            state = _refill(config, method, params, fresh, state, np.full(size, places))
+            state = _refill(mesh, config, method, params, fresh, state, np.full(rows, places))
             size *= 2
 
 
 def places_of(options: DecodeConfig, prompts: int) -> int:
-    """How many of so many prompts are decoded at once."""
+    """How many of so many prompts a device decodes at once."""
     return 1 << (min(options.batch_size, prompts).bit_length() - 1)
 
 
@@ -148,34 +155,73 @@ def can_refill(options: DecodeConfig) -> bool:
     return not (options.contrastive or options.lookup)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
-    config: ModelConfig, method: Method, spare: int, params: Any, job: Request
-) -> DecodeState:
-    return generate.begin(config, method, params, job, spare)
+def _filled(state: DecodeState) -> int:
+    """The slots that are written, on the device that wrote most."""
+    return int(sharding.fetch(state.cache.cache.filled).max())
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def _advance(
-    config: ModelConfig, method: Method, chunk: int, params: Any, job: Request, state: DecodeState
-) -> DecodeState:
-    return generate.advance(config, method, params, job, state, chunk, 1)
-
-
-@partial(jax.jit, static_argnums=0)
-def _ended(method: Method, job: Request, state: DecodeState) -> Decoded:
-    return generate.ended(method, job, state)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _slide(first: int, state: DecodeState, used: Int[Array, ""]) -> DecodeState:
-    """Make room: only the last `used` slots after the prompts' belong to rows that go on."""
-    cache = slide(state.cache.cache, first, used)
+def _with_cache(state: DecodeState, **changes: Any) -> DecodeState:
+    cache = state.cache.cache._replace(**changes)
     return state._replace(cache=state.cache._replace(cache=cache))
 
 
+def _apart(state: DecodeState) -> DecodeState:
+    """The state as it is kept: each device's `filled` its own, for those whose rows have all ended
+    write no more."""
+    return _with_cache(state, filled=state.cache.cache.filled[None])
+
+
+def _own(state: DecodeState) -> DecodeState:
+    """What a device has of a state that is kept."""
+    return _with_cache(state, filled=state.cache.cache.filled[0])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _begin(
+    mesh: Mesh | None, config: ModelConfig, method: Method, spare: int, params: Any, job: Request
+) -> DecodeState:
+    def begin(params: Any, job: Request) -> DecodeState:
+        return _apart(generate.begin(config, method, params, job, spare))
+
+    return over_rows(mesh, begin, False, BY_ROW)(params, job)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="state")
+def _advance(
+    mesh: Mesh | None,
+    config: ModelConfig,
+    method: Method,
+    chunk: int,
+    params: Any,
+    job: Request,
+    state: DecodeState,
+) -> DecodeState:
+    def advance(params: Any, job: Request, state: DecodeState) -> DecodeState:
+        return _apart(generate.advance(config, method, params, job, _own(state), chunk, 1))
+
+    return over_rows(mesh, advance, False, BY_ROW, True)(params, job, state)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _ended(mesh: Mesh | None, method: Method, job: Request, state: DecodeState) -> Decoded:
+    return over_rows(mesh, partial(generate.ended, method), BY_ROW, True)(job, state)
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
+def _slide(mesh: Mesh | None, first: int, state: DecodeState) -> DecodeState:
+    """Make room: only the last slots after the prompts' belong to rows that go on."""
+
+    def slid(state: DecodeState) -> DecodeState:
+        used = jnp.where(state.done.all(1), 0, state.t).max() * state.done.shape[1]
+        cache = slide(_own(state).cache.cache, first, used)
+        return _apart(_with_cache(state, **cache._asdict()))
+
+    return over_rows(mesh, slid, True)(state)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def _refill(
+    mesh: Mesh | None,
     config: ModelConfig,
     method: Method,
     params: Any,
@@ -183,18 +229,19 @@ def _refill(
     state: DecodeState,
     places: Int[Array, " R"],
 ) -> DecodeState:
-    """The state with the beginning of `fresh` in these places; one beyond the last is nowhere."""
-    begun = generate.begin(config, method, params, fresh, CHUNK)
+    """The state with the beginning of `fresh` in these places of each device; one beyond the last
+    is nowhere."""
 
-    filled, eos_ids = state.cache.cache.filled, state.eos_ids
+    def refilled(params: Any, fresh: Request, state: DecodeState, places: Array) -> DecodeState:
+        begun = generate.begin(config, method, params, fresh, CHUNK)
 
-    def rows_of(state: DecodeState) -> DecodeState:
-        """Without what has no rows."""
-        cache = state.cache.cache._replace(filled=None)
-        return state._replace(cache=state.cache._replace(cache=cache), eos_ids=None)
+        def rows_of(state: DecodeState) -> DecodeState:
+            """Without what has no rows."""
+            return _with_cache(state, filled=None)._replace(eos_ids=None)
 
-    both = jax.tree.map(
-        lambda old, new: old.at[places].set(new, mode="drop"), rows_of(state), rows_of(begun)
-    )
-    cache = both.cache.cache._replace(filled=filled)
-    return both._replace(cache=both.cache._replace(cache=cache), eos_ids=eos_ids)
+        both = jax.tree.map(
+            lambda old, new: old.at[places].set(new, mode="drop"), rows_of(state), rows_of(begun)
+        )
+        return _with_cache(both, filled=state.cache.cache.filled)._replace(eos_ids=state.eos_ids)
+
+    return over_rows(mesh, refilled, False, BY_ROW, True, True)(params, fresh, state, places)

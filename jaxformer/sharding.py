@@ -5,7 +5,7 @@ Data, fully sharded and tensor parallelism are shapes of the mesh, not code.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,12 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def devices_of(params: Any) -> set[Any]:
+    """The devices that hold any of `params`; none if those are numpy's."""
+    leaves = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    return {device for leaf in leaves for device in leaf.devices()}
+
+
 def copies(params: Any) -> Mesh | None:
     """The mesh of which every device holds all of `params`, if there is one of several devices."""
     first = jax.tree.leaves(params)[0]
@@ -144,6 +150,24 @@ def copies(params: Any) -> Mesh | None:
         return None
     whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     return place.mesh if whole and isinstance(place.mesh, Mesh) else None
+
+
+def over_rows(mesh: Mesh | None, function: Callable[..., Any], *rows: Any) -> Callable[..., Any]:
+    """`function` with the rows cut over the devices of `mesh`, if there is one, which never talk.
+
+    `rows` says of each argument, or of each part of it, whether its arrays begin with an axis of
+    rows, as all that is returned must; every device has the others whole.
+    """
+    if mesh is None:
+        return function
+    cut, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=jax.tree.map(lambda has: cut if has else whole, rows),
+        out_specs=cut,
+        check_vma=False,
+    )
 
 
 def fetch(tree: Any) -> Any:

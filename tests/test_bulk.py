@@ -25,7 +25,6 @@ from jaxformer.config import BulkConfig, DecodeConfig, MeshConfig
 from jaxformer.data import records
 from jaxformer.errors import CheckpointError, ConfigError, DataError
 from jaxformer.files import MAX_JSON
-from jaxformer.generate import _decode_over
 from jaxformer.model import Hypothesis, Model
 
 pytestmark = [
@@ -397,18 +396,17 @@ def test_a_line_too_long_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_devices_share_the_rows(model: Model):
-    """Copies of the model on two devices find what one does."""
+    """Copies of the model on two devices find what one does, at once or one after the other."""
     mesh = sharding.make_mesh(MeshConfig(), sharding.jax.devices()[:2])
     spread = jaxformer.load(tiny.reversing_run(), mesh=mesh)
     assert (model.copies, spread.copies) == (1, 2)
-    function: Any = _decode_over
-    function.clear_cache()
-    for one, other in zip(
-        model.hypotheses(WORDS, DECODE), spread.hypotheses(WORDS, DECODE), strict=True
-    ):
-        assert [h.ids for h in one.hypotheses] == [h.ids for h in other.hypotheses]
-        assert other.hypotheses[0].score == pytest.approx(one.hypotheses[0].score, abs=1e-4)
-    assert function._cache_size() > 0
+    for size in (2, 4):
+        way = dataclasses.replace(DECODE, batch_size=size)
+        for one, other in zip(
+            model.hypotheses(WORDS, way), spread.hypotheses(WORDS, way), strict=True
+        ):
+            assert [h.ids for h in one.hypotheses] == [h.ids for h in other.hypotheses]
+            assert other.hypotheses[0].score == pytest.approx(one.hypotheses[0].score, abs=1e-4)
     assert sharding.copies(dict(a=np.zeros(3))) is None
 
 

@@ -119,14 +119,14 @@ def in_evaluation(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
 
 
 def in_decoding(patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
-    decode = generate._decode_over  # there are eight devices, each with a copy of the model
+    decode = generate._decode
 
     def asked(*arguments: Any) -> Any:
         decoded = decode(*arguments)  # begins to, and returns
         stop()
         return decoded
 
-    patch.setattr(generate, "_decode_over", asked)
+    patch.setattr(generate, "_decode", asked)
 
 
 def interrupt(

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compilation import counted
 from flax import linen as nn
 
-from jaxformer import generate, running
+from jaxformer import generate, running, sharding
 from jaxformer.batching import pad
-from jaxformer.config import DataConfig, DecodeConfig, ModelConfig
+from jaxformer.config import DataConfig, DecodeConfig, MeshConfig, ModelConfig
 from jaxformer.data.codec import clean_up
 from jaxformer.data.tokenizer import N_SPECIAL, ByteTokenizer, SymbolTokenizer, Tokenizer
 from jaxformer.errors import ConfigError
@@ -170,8 +171,22 @@ def test_texts_end_right_before_any_stop(way: DecodeConfig):
     assert sum(check_stops(way, BYTES, s) for s in (("é",), ("€", "b"), ("a ", "b ", "é")))
 
 
+def over(devices: int, made: Model) -> Model:
+    """The model with a copy on each of so many devices."""
+    if devices == 1:
+        return made
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+    params = jax.device_put(made.params, sharding.replicated(mesh))
+    return dataclasses.replace(made, params=params)
+
+
 def check_rows(
-    monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig, prompts: list[str], size: int = 4
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    way: DecodeConfig,
+    prompts: list[str],
+    size: int = 4,
+    devices: int = 1,
 ) -> None:
     """Rows that hand on their places give what each prompt gives alone."""
     done = dict.fromkeys(("_refill", "_slide"), 0)
@@ -183,7 +198,7 @@ def check_rows(
 
         monkeypatch.setattr(running, name, partial(counted, name, getattr(running, name)))
     made = model(kind)
-    together = made.hypotheses(prompts, dataclasses.replace(way, batch_size=size))
+    together = over(devices, made).hypotheses(prompts, dataclasses.replace(way, batch_size=size))
     assert all(done.values()), done
     alone = [made.hypotheses([text], way, first_row=i)[0] for i, text in enumerate(prompts)]
     assert outcomes(together) == outcomes(alone)
@@ -211,6 +226,45 @@ def test_rows_in_others_places_are_as_alone(
     monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig
 ):
     check_rows(monkeypatch, kind, way, texts(40, 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("decoder-only", STOPPED),
+        ("decoder-only", dataclasses.replace(BEAMS, stop=("ab", "ce"))),
+        ("encoder-decoder", SAMPLES),
+    ],
+)
+def test_rows_in_others_places_on_any_device(
+    monkeypatch: pytest.MonkeyPatch, kind: str, way: DecodeConfig
+):
+    check_rows(monkeypatch, kind, way, texts(45, 14), size=2, devices=3)
+
+
+@pytest.mark.slow
+def test_devices_with_more_places_than_prompts():
+    made, prompts = model(), texts(3, 6)
+    spread, ids = over(4, made), list(map(made.prompt, prompts))
+    looks = running.decode_rows(
+        made.config, spread._prepared, LETTERS, ids, 8, range(3), dataclasses.replace(SAMPLE)
+    )
+    found = {row: decoded.tokens[at] for rows, decoded in looks for at, row in enumerate(rows)}
+    for i, text in enumerate(prompts):
+        [h] = made.hypotheses([text], SAMPLE, first_row=i)[0].hypotheses
+        assert tuple(found[i][0, : len(h.ids)].tolist()) == h.ids
+    assert sorted(found) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_after_warmup_on_several_devices_nothing_is_compiled():
+    made, way = over(2, model(seed=5)), dataclasses.replace(SAMPLE, batch_size=4, max_length=9)
+    assert made.warmup(way, (5,), (1, 3, 40)) == [(2, 8), (4, 8), (8, 8)]
+    with counted() as anew:
+        for n in (1, 2, 3, 4, 20, 37):
+            made.hypotheses(texts(40, 6)[:n], way)
+    assert not anew
 
 
 @pytest.mark.slow
@@ -276,7 +330,7 @@ def test_a_draft_model_is_asked(monkeypatch: pytest.MonkeyPatch):
     class Asked(Exception):
         pass
 
-    def decode(config: Any, smaller: Any, method: Any, *_: Any) -> Any:
+    def decode(mesh: Any, config: Any, smaller: Any, method: Any, *_: Any) -> Any:
         raise Asked(smaller, method.guesses)
 
     monkeypatch.setattr(generate, "_decode", decode)  # compiles nothing
@@ -307,6 +361,7 @@ def test_a_draft_that_cannot_be_is_refused():
     for draft, way, says in (
         (model(tokenizer=BYTES), GREEDY, "another tokenizer"),
         (model("encoder-decoder"), GREEDY, "the draft model is encoder-decoder"),
+        (over(2, made), GREEDY, "on other devices"),
         (made, BEAMS, "leave beams"),
     ):
         with pytest.raises(ConfigError, match=says):
