@@ -27,7 +27,16 @@ from jaxformer.decoding.diverse import diverse
 from jaxformer.decoding.loop import Decoded, DecodeState, Step, Strategy
 from jaxformer.decoding.speculative import draft, lookup, speculate
 from jaxformer.method import Method, Numbers, method_of, numbers_of, processors_of, truncations
-from jaxformer.nn.cache import Cache, follow, init_cache, keep, repeat, share_prompt
+from jaxformer.nn.cache import (
+    Cache,
+    follow,
+    init_cache,
+    keep,
+    narrow,
+    repeat,
+    share_prompt,
+    widen,
+)
 from jaxformer.nn.transformer import apply, pack, unstack
 from jaxformer.types import Tokens
 
@@ -253,9 +262,15 @@ def advance(
     step = _step(config, method, params, _target(config, method, job.prompt).seg.sum(1))
     processor = _processor(config, method, job)
     strategy = _strategy(method, job, processor.needs)
-    return loop.advance(
+    state = with_cache(state, narrow)
+    state = loop.advance(
         step, state, strategy, processor, pad_id=method.pad_id, chunk=chunk, chunks=chunks
     )
+    return with_cache(state, widen)
+
+
+def with_cache(state: DecodeState, change: Callable[[Cache], Cache]) -> DecodeState:
+    return state._replace(cache=state.cache._replace(cache=change(state.cache.cache)))
 
 
 def ended(method: Method, job: Request, state: DecodeState) -> Decoded:
@@ -346,9 +361,9 @@ def _step(config: ModelConfig, method: Method, params: Any, taken: Int[Array, " 
     ) -> tuple[Array, Carried]:
         pos = jnp.broadcast_to((taken + t)[:, None], tokens.shape)
         queries = Tokens(tokens, pos, jnp.ones_like(tokens))
-        cache = follow(carried.cache, parent)
+        cache = follow(widen(carried.cache), parent)
         hidden, cache = apply(config, params, queries, None, None, cache, method="decode")
-        return head(hidden), Carried(cache, hidden if method.contrastive else None)
+        return head(hidden), Carried(narrow(cache), hidden if method.contrastive else None)
 
     return step
 

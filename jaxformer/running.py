@@ -19,7 +19,7 @@ from jaxformer.batching import pad
 from jaxformer.config import DecodeConfig, ModelConfig
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.decoding.loop import Decoded, DecodeState
-from jaxformer.generate import BY_ROW, Request, blanks, request
+from jaxformer.generate import BY_ROW, Request, blanks, request, with_cache
 from jaxformer.method import Method
 from jaxformer.nn.cache import slide
 from jaxformer.sharding import over_rows
@@ -160,20 +160,15 @@ def _filled(state: DecodeState) -> int:
     return int(sharding.fetch(state.cache.cache.filled).max())
 
 
-def _with_cache(state: DecodeState, **changes: Any) -> DecodeState:
-    cache = state.cache.cache._replace(**changes)
-    return state._replace(cache=state.cache._replace(cache=cache))
-
-
 def _apart(state: DecodeState) -> DecodeState:
     """The state as it is kept: each device's `filled` its own, for those whose rows have all ended
     write no more."""
-    return _with_cache(state, filled=state.cache.cache.filled[None])
+    return with_cache(state, lambda cache: cache._replace(filled=cache.filled[None]))
 
 
 def _own(state: DecodeState) -> DecodeState:
     """What a device has of a state that is kept."""
-    return _with_cache(state, filled=state.cache.cache.filled[0])
+    return with_cache(state, lambda cache: cache._replace(filled=cache.filled[0]))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -213,8 +208,7 @@ def _slide(mesh: Mesh | None, first: int, state: DecodeState) -> DecodeState:
 
     def slid(state: DecodeState) -> DecodeState:
         used = jnp.where(state.done.all(1), 0, state.t).max() * state.done.shape[1]
-        cache = slide(_own(state).cache.cache, first, used)
-        return _apart(_with_cache(state, **cache._asdict()))
+        return _apart(with_cache(_own(state), lambda cache: slide(cache, first, used)))
 
     return over_rows(mesh, slid, True)(state)
 
@@ -237,11 +231,13 @@ def _refill(
 
         def rows_of(state: DecodeState) -> DecodeState:
             """Without what has no rows."""
-            return _with_cache(state, filled=None)._replace(eos_ids=None)
+            state = with_cache(state, lambda cache: cache._replace(filled=None))
+            return state._replace(eos_ids=None)
 
         both = jax.tree.map(
             lambda old, new: old.at[places].set(new, mode="drop"), rows_of(state), rows_of(begun)
         )
-        return _with_cache(both, filled=state.cache.cache.filled)._replace(eos_ids=state.eos_ids)
+        both = with_cache(both, lambda cache: cache._replace(filled=state.cache.cache.filled))
+        return both._replace(eos_ids=state.eos_ids)
 
     return over_rows(mesh, refilled, False, BY_ROW, True, True)(params, fresh, state, places)

@@ -103,6 +103,20 @@ def keep(cache: Cache, fed: int, kept: Int[Array, " B"]) -> Cache:
     return cache._replace(pos=pos, filled=start + kept.max())
 
 
+def narrow(cache: Cache) -> Cache:
+    """The cache as a loop should carry it: if it is of one row, without that axis in what steps
+    write. On a CPU, XLA would copy all of that four times a step, to remove the axis as it reads.
+    """
+    one = len(cache.pos) == 1
+    return cache._replace(own=jax.tree.map(lambda x: x[0], cache.own)) if one else cache
+
+
+def widen(cache: Cache) -> Cache:
+    """What `narrow` was given."""
+    one = len(cache.pos) == 1
+    return cache._replace(own=jax.tree.map(lambda x: x[None], cache.own)) if one else cache
+
+
 def repeat(cache: Cache, rows: int, slots: int) -> Cache:
     """A decoder-only model's cache of one row for each of `rows`, with room for `slots` slots."""
     more = slots - cache.pos.shape[1]
