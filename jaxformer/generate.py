@@ -84,8 +84,9 @@ class Carried(NamedTuple):
 
 def prepare(params: Any) -> Any:
     """Parameters as `decode_batch` takes them, made once for many batches."""
-    platforms = {device.platform for device in sharding.devices_of(params)}
-    return _prepare(platforms == {"cpu"}, params)
+    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    devices = {device for leaf in arrays for device in leaf.devices()}
+    return _prepare({device.platform for device in devices} == {"cpu"}, params)
 
 
 @partial(jax.jit, static_argnums=0)

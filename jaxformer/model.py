@@ -443,10 +443,8 @@ class Model:
             )
         if draft.config.n_decoder_layers == 0 or draft.config.kind != self.config.kind:
             raise ConfigError(f"the draft model is {draft.config.kind}, not {self.config.kind}.")
-        if sharding.devices_of(draft._prepared) != sharding.devices_of(self._prepared):
-            raise ConfigError("the draft model is on other devices; load both with the same mesh.")
         _require_single(decode, "a draft model")
-        return Small(draft.config, draft._prepared)
+        return Small(draft.config, sharding.beside(draft._prepared, self._prepared))
 
     def _require_decoder(self) -> None:
         if self.config.n_decoder_layers == 0:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxformer import generate, sharding
 from jaxformer.batching import pad
@@ -47,6 +47,7 @@ def stream_batch(
 ) -> Iterator[Look]:
     """`decode_batch`, looked at after each `every` steps; the last look is what that returns."""
     method, job = request(config, tokenizer, prompt, row_ids, options)
+    # Copies on several devices all decode it, for one row cannot be cut.
     state = _begin(None, config, method, 0, params, job)
     done = False
     while not done:
@@ -74,31 +75,21 @@ def decode_rows(
         config, tokenizer, pad(prompts, length, tokenizer.pad_id), row_ids, options
     )
 
-    def of(rows: Iterable[int]) -> Request:
-        """The request of some rows."""
-        rows = list(rows)
-        return whole._replace(
-            prompt=Tokens(*(x[rows] for x in whole.prompt)),
-            limit=whole.limit[rows],
-            row_ids=whole.row_ids[rows],
-        )
-
     mesh = sharding.copies(params)
     parts = 1 if mesh is None else mesh.size
     places = places_of(options, max(len(prompts) // parts, 1))  # of each device
     held = np.arange(parts * places) % len(prompts)
     waiting = list(range(len(held), len(prompts)))
     open_ = np.arange(len(held)) < len(prompts)  # whose end nobody has seen yet
-    job = of(held)
+    job = _of(whole, held)
     state = _begin(mesh, config, method, CHUNK, params, job)
     slots = state.cache.cache.pos.shape[1]
-    first = filled = _filled(state)
+    first = filled = _look(state)[1]
     while open_.any():
         if filled + CHUNK * method.width > slots:
             state = _slide(mesh, first, state)
         state = _advance(mesh, config, method, CHUNK, params, job, state)
-        done = sharding.fetch(state.done.all(1))
-        filled = _filled(state)
+        done, filled = _look(state)
         if done.sum() < (max(len(held) // 4, 1) if waiting else len(held)):
             continue
         ended = np.flatnonzero(done & open_)
@@ -106,42 +97,55 @@ def decode_rows(
         yield held[ended].tolist(), Decoded(*(leaf[ended] for leaf in decoded))
         open_[ended] = False
         free = [np.flatnonzero(part) for part in done.reshape(parts, places)]
-        while waiting and (most := max(map(len, free))) >= max(places // 4, 1):
-            size = 1 << (most.bit_length() - 1)  # few sizes, few compilations
+        least = max(places // 4, 1)
+        while waiting and max(map(len, free)) >= least:
+            shares = deal(len(waiting), list(map(len, free)))
+            size = max(1 << (max(shares).bit_length() - 1), least)  # few sizes, few compilations
             at = np.full((parts, size), places)  # beyond the last is nowhere
             new = np.full((parts, size), waiting[0])
-            for part in range(parts):
-                n = min(size, len(free[part]), -(-len(waiting) // (parts - part)))
+            for part, n in enumerate(min(share, size) for share in shares):
                 mine, waiting = waiting[:n], waiting[n:]
                 at[part, :n], free[part] = free[part][:n], free[part][n:]
                 new[part, :n] = mine
                 rows = part * places + at[part, :n]
                 held[rows], open_[rows] = mine, True
-            job = of(held)
-            state = _refill(mesh, config, method, params, of(new.ravel()), state, at.ravel())
+            job, fresh = _of(whole, held), _of(whole, new.ravel())
+            state = _refill(mesh, config, method, params, fresh, state, at.ravel())
+
+
+def deal(n: int, room: Sequence[int]) -> list[int]:
+    """How many of `n` each is dealt, one by one, of those that have room.
+
+    >>> deal(6, [0, 1, 4, 3]), deal(9, [1, 1])
+    ([0, 1, 3, 2], [1, 1])
+    """
+    shares = [0] * len(room)
+    while n and shares != list(room):
+        for i, most in enumerate(room):
+            if n and shares[i] < most:
+                shares[i], n = shares[i] + 1, n - 1
+    return shares
 
 
 def warm_rows(
     config: ModelConfig, params: Any, tokenizer: Tokenizer, length: int, options: DecodeConfig
 ) -> None:
-    """Compile what `decode_rows` runs for any number of prompts over `options.batch_size`."""
+    """Compile what `decode_rows` runs for more prompts than are decoded at once."""
     mesh = sharding.copies(params)
     parts = 1 if mesh is None else mesh.size
     places = places_of(options, options.batch_size)
-    for method, job in blanks(config, tokenizer, parts * places, length, options, parts):
+    several = max(parts * places, 2)  # so many may begin alike
+    for method, whole in blanks(config, tokenizer, several, length, options, parts):
+        job = _of(whole, range(parts * places))
         state = _begin(mesh, config, method, CHUNK, params, job)
-        state = _slide(mesh, _filled(state), state)
+        state = _slide(mesh, _look(state)[1], state)
         state = _advance(mesh, config, method, CHUNK, params, job, state)
-        sharding.fetch((state.done.all(1), _ended(mesh, method, job, state)))
+        sharding.fetch((_look(state), _ended(mesh, method, job, state)))
         size = max(places // 4, 1)
         while size <= places:
-            rows = parts * size
-            fresh = job._replace(
-                prompt=Tokens(*(x[:rows] for x in job.prompt)),
-                limit=job.limit[:rows],
-                row_ids=job.row_ids[:rows],
-            )
-            state = _refill(mesh, config, method, params, fresh, state, np.full(rows, places))
+            fresh = _of(whole, range(parts * size))
+            nowhere = np.full(parts * size, places)
+            state = _refill(mesh, config, method, params, fresh, state, nowhere)
             size *= 2
 
 
@@ -155,14 +159,25 @@ def can_refill(options: DecodeConfig) -> bool:
     return not (options.contrastive or options.lookup)
 
 
-def _filled(state: DecodeState) -> int:
-    """The slots that are written, on the device that wrote most."""
-    return int(sharding.fetch(state.cache.cache.filled).max())
+def _of(job: Request, rows: Iterable[int]) -> Request:
+    """The request of some of its rows."""
+    rows = list(rows)
+    return job._replace(
+        prompt=Tokens(*(x[rows] for x in job.prompt)),
+        limit=job.limit[rows],
+        row_ids=job.row_ids[rows],
+    )
+
+
+def _look(state: DecodeState) -> tuple[Bool[np.ndarray, " B"], int]:
+    """Which rows are at their end, and how many slots are written where most are."""
+    done, filled = sharding.fetch((state.done.all(1), state.cache.cache.filled))
+    return done, int(filled.max())
 
 
 def _apart(state: DecodeState) -> DecodeState:
-    """The state as it is kept: each device's `filled` its own, for those whose rows have all ended
-    write no more."""
+    """The state as it is kept. What has no rows is each device's own: one whose rows have all ended
+    fills no more slots."""
     return with_cache(state, lambda cache: cache._replace(filled=cache.filled[None]))
 
 

@@ -136,27 +136,33 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def devices_of(params: Any) -> set[Any]:
-    """The devices that hold any of `params`; none if those are numpy's."""
-    leaves = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
-    return {device for leaf in leaves for device in leaf.devices()}
-
-
 def copies(params: Any) -> Mesh | None:
     """The mesh of which every device holds all of `params`, if there is one of several devices."""
     first = jax.tree.leaves(params)[0]
     place = getattr(first, "sharding", None)
     if not isinstance(place, NamedSharding) or place.mesh.size == 1:
         return None
-    whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    whole = all(getattr(each, "is_fully_replicated", False) for each in places)
     return place.mesh if whole and isinstance(place.mesh, Mesh) else None
+
+
+def beside(params: Any, others: Any) -> Any:
+    """`params` as they are if they are on the devices of `others`, else moved there, each whole."""
+    mine, theirs = (jax.tree.leaves(each)[0].sharding for each in (params, others))
+    if isinstance(theirs, NamedSharding):
+        there = isinstance(mine, NamedSharding) and mine.mesh == theirs.mesh
+        theirs = NamedSharding(theirs.mesh, PartitionSpec())
+    else:
+        there = mine == theirs
+    return params if there else jax.device_put(params, theirs)
 
 
 def over_rows(mesh: Mesh | None, function: Callable[..., Any], *rows: Any) -> Callable[..., Any]:
     """`function` with the rows cut over the devices of `mesh`, if there is one, which never talk.
 
-    `rows` says of each argument, or of each part of it, whether its arrays begin with an axis of
-    rows, as all that is returned must; every device has the others whole.
+    `rows` says of each argument, or of each part of it, whether its arrays are cut along their
+    first axis, as all are that it returns; every device has the others whole.
     """
     if mesh is None:
         return function

@@ -1,6 +1,7 @@
 """Decoding in parts, looked at on its way, guessed ahead: texts are those of the plain loop."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from itertools import accumulate
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from compilation import counted
+from compilation import AS_USERS, counted
 from flax import linen as nn
 
 from jaxformer import generate, running, sharding
@@ -192,11 +193,14 @@ def check_rows(
     done = dict.fromkeys(("_refill", "_slide"), 0)
     for name in done:
 
-        def counted(name: str, real: Any, *arguments: Any) -> Any:
+        def watched(name: str, real: Any, *arguments: Any) -> Any:
             done[name] += 1
-            return real(*arguments)
+            state = real(*arguments)
+            assert len(state.t) == devices * size
+            assert {len(part.data) for part in state.t.addressable_shards} == {size}
+            return state
 
-        monkeypatch.setattr(running, name, partial(counted, name, getattr(running, name)))
+        monkeypatch.setattr(running, name, partial(watched, name, getattr(running, name)))
     made = model(kind)
     together = over(devices, made).hypotheses(prompts, dataclasses.replace(way, batch_size=size))
     assert all(done.values()), done
@@ -243,6 +247,41 @@ def test_rows_in_others_places_on_any_device(
     check_rows(monkeypatch, kind, way, texts(45, 14), size=2, devices=3)
 
 
+def test_devices_decode_each_their_rows():
+    made = over(4, model())
+    batch = pad([made.prompt(text) for text in texts(8, 6)], 8, LETTERS.pad_id, 4)
+    method, job = generate.request(made.config, LETTERS, batch, range(8), GREEDY)
+    mesh: Any = sharding.copies(made._prepared)
+    found = generate._decode(mesh, made.config, None, method, made._prepared, None, job)
+    assert [len(part.data) for part in found.tokens.addressable_shards] == [2] * 4
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "_decode", lambda mesh, *_: asked.append(mesh))
+        generate.decode_batch(made.config, made._prepared, LETTERS, batch, range(8), GREEDY)
+    assert asked == [mesh]
+
+
+@pytest.mark.parametrize("way", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_the_cache_of_one_row_is_not_copied(way: DecodeConfig):
+    made = model()
+    batch = pad([made.prompt("ab")], 8, LETTERS.pad_id)
+    method, job = generate.request(made.config, LETTERS, batch, [0], way)
+    state = jax.eval_shape(partial(generate.begin, made.config, method), made._prepared, job)
+    step = jax.jit(partial(generate.advance, made.config, method, chunk=4), donate_argnums=2)
+    text = step.lower(made._prepared, job, state).compile(compiler_options=AS_USERS).as_text()
+    _, heads, slots, size = state.cache.cache.own[0].k.shape
+    assert re.search(rf"f32\[{heads},{slots},{size}\]\S* dynamic-update-slice\(", text)
+    assert not re.search(rf"= f32\[(1,)?{heads},{slots},{size}\]\S* copy\(", text)
+
+
+@pytest.mark.slow
+def test_a_draft_goes_where_the_model_is():
+    made = model()
+    wanted = made.generate(["ab"], SAMPLE)
+    for n, m in ((2, 1), (1, 2), (2, 3)):
+        assert over(n, made).generate(["ab"], SAMPLE, draft=over(m, made)) == wanted
+
+
 @pytest.mark.slow
 def test_devices_with_more_places_than_prompts():
     made, prompts = model(), texts(3, 6)
@@ -264,6 +303,15 @@ def test_after_warmup_on_several_devices_nothing_is_compiled():
     with counted() as anew:
         for n in (1, 2, 3, 4, 20, 37):
             made.hypotheses(texts(40, 6)[:n], way)
+    assert not anew
+
+
+@pytest.mark.slow
+def test_after_warmup_for_one_at_a_time_nothing_is_compiled():
+    made, way = model(seed=6), dataclasses.replace(SAMPLE, batch_size=1, max_length=9)
+    assert made.warmup(way, (40,), (3,)) == [(1, 64)]
+    with counted() as anew:
+        made.hypotheses(texts(4, 6, "abcde" * 7), way)
     assert not anew
 
 
@@ -361,7 +409,6 @@ def test_a_draft_that_cannot_be_is_refused():
     for draft, way, says in (
         (model(tokenizer=BYTES), GREEDY, "another tokenizer"),
         (model("encoder-decoder"), GREEDY, "the draft model is encoder-decoder"),
-        (over(2, made), GREEDY, "on other devices"),
         (made, BEAMS, "leave beams"),
     ):
         with pytest.raises(ConfigError, match=says):

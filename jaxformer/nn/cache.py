@@ -63,6 +63,8 @@ def write(kv: KV, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Ar
 
     def put(cached: Array, new: Array) -> Array:
         new = new.astype(cached.dtype).swapaxes(1, 2)
+        if len(cached) == 1:  # as `narrow` has it, or XLA would copy it all the same
+            return jax.lax.dynamic_update_slice(cached[0], new[0], (0, at, 0))[None]
         return jax.lax.dynamic_update_slice(cached, new, (0, 0, at, 0))
 
     return KV(put(kv.k, k), put(kv.v, v))
@@ -104,8 +106,8 @@ def keep(cache: Cache, fed: int, kept: Int[Array, " B"]) -> Cache:
 
 
 def narrow(cache: Cache) -> Cache:
-    """The cache as a loop should carry it: if it is of one row, without that axis in what steps
-    write. On a CPU, XLA would copy all of that four times a step, to remove the axis as it reads.
+    """The cache as a loop should carry it: of one row, without that axis in what steps write. XLA
+    removes it to multiply, and on a CPU would copy the whole cache four times a step for it.
     """
     one = len(cache.pos) == 1
     return cache._replace(own=jax.tree.map(lambda x: x[0], cache.own)) if one else cache
