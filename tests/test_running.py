@@ -262,16 +262,19 @@ def test_devices_decode_each_their_rows():
 
 
 @pytest.mark.parametrize("way", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_the_cache_of_one_row_is_not_copied(way: DecodeConfig):
+@pytest.mark.parametrize("room", [LONGEST, 8 * LONGEST])
+def test_the_cache_of_one_row_is_not_copied(room: int, way: DecodeConfig):
     made = model()
+    made = dataclasses.replace(made, config=dataclasses.replace(made.config, max_length=room))
     batch = pad([made.prompt("ab")], 8, LETTERS.pad_id)
     method, job = generate.request(made.config, LETTERS, batch, [0], way)
     state = jax.eval_shape(partial(generate.begin, made.config, method), made._prepared, job)
     step = jax.jit(partial(generate.advance, made.config, method, chunk=4), donate_argnums=2)
     text = step.lower(made._prepared, job, state).compile(compiler_options=AS_USERS).as_text()
     _, heads, slots, size = state.cache.cache.own[0].k.shape
-    assert re.search(rf"f32\[{heads},{slots},{size}\]\S* dynamic-update-slice\(", text)
-    assert not re.search(rf"= f32\[(1,)?{heads},{slots},{size}\]\S* copy\(", text)
+    cached = rf"= f32\[(1,)?{heads},{slots},{size}\]\S*"
+    assert re.search(rf"{cached} dynamic-update-slice\(", text)
+    assert not re.search(rf"{cached} copy\(", text)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.config import ModelConfig
+from jaxformer.nn.functional import READ
 from jaxformer.types import NOWHERE
 
 
@@ -63,7 +64,7 @@ def write(kv: KV, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Ar
 
     def put(cached: Array, new: Array) -> Array:
         new = new.astype(cached.dtype).swapaxes(1, 2)
-        if len(cached) == 1:  # as `narrow` has it, or XLA would copy it all the same
+        if _narrows(len(cached), cached.shape[2]):  # or XLA would copy it all the same
             return jax.lax.dynamic_update_slice(cached[0], new[0], (0, at, 0))[None]
         return jax.lax.dynamic_update_slice(cached, new, (0, 0, at, 0))
 
@@ -107,16 +108,23 @@ def keep(cache: Cache, fed: int, kept: Int[Array, " B"]) -> Cache:
 
 def narrow(cache: Cache) -> Cache:
     """The cache as a loop should carry it: of one row, without that axis in what steps write. XLA
-    removes it to multiply, and on a CPU would copy the whole cache four times a step for it.
+    removes it to multiply, and on a CPU would copy the whole cache four times a step for it; but
+    not where only a part is read.
     """
-    one = len(cache.pos) == 1
-    return cache._replace(own=jax.tree.map(lambda x: x[0], cache.own)) if one else cache
+    if not _narrows(*cache.pos.shape):
+        return cache
+    return cache._replace(own=jax.tree.map(lambda x: x[0], cache.own))
 
 
 def widen(cache: Cache) -> Cache:
     """What `narrow` was given."""
-    one = len(cache.pos) == 1
-    return cache._replace(own=jax.tree.map(lambda x: x[None], cache.own)) if one else cache
+    if not _narrows(*cache.pos.shape):
+        return cache
+    return cache._replace(own=jax.tree.map(lambda x: x[None], cache.own))
+
+
+def _narrows(rows: int, slots: int) -> bool:
+    return rows == 1 and slots < 2 * READ
 
 
 def repeat(cache: Cache, rows: int, slots: int) -> Cache:
