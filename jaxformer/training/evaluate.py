@@ -93,7 +93,7 @@ def evaluate_text(
     """Scores of the texts generated from `examples`, and the texts; none without `metrics`."""
     if not metrics or not examples:
         return {}, []
-    some = 8 * model.defaults.batch_size * model.copies  # decoded between two looks at `stop`
+    some = 8 * model.defaults.batch_size  # decoded between two looks at `stop`
     predictions = []
     for start in stop.between(range(0, len(examples), some)):
         sources = [example.source for example in examples[start : start + some]]

@@ -20,7 +20,6 @@ def echo(task: str, logits: Any = None) -> Any:
     """A model that continues any text with it in capitals."""
     return SimpleNamespace(
         config=SimpleNamespace(max_length=32),
-        copies=1,
         data=DataConfig(task=task, buckets=(16,)),
         tokenizer=LETTERS,
         generate=lambda texts: [text.upper() for text in texts],
