@@ -261,6 +261,7 @@ def test_devices_decode_each_their_rows():
     assert asked == [mesh]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [GREEDY, BEAMS], ids=["greedy", "beams"])
 @pytest.mark.parametrize("room", [LONGEST, 8 * LONGEST])
 def test_the_cache_of_one_row_is_not_copied(room: int, way: DecodeConfig):
