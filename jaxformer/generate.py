@@ -186,8 +186,7 @@ def warm_batch(
     small: Small | None = None,
 ) -> None:
     """Compile what `decode_batch` runs for `rows` prompts, padded to the bucket `length`."""
-    mesh = sharding.copies(params)
-    parts = 1 if mesh is None else mesh.size
+    parts = sharding.parts_of(sharding.copies(params))
     for method, job in blanks(config, tokenizer, rows, length, options, parts):
         _run(config, params, method, job, options, small)
 
@@ -271,6 +270,7 @@ def advance(
 
 
 def with_cache(state: DecodeState, change: Callable[[Cache], Cache]) -> DecodeState:
+    """The state with its cache changed."""
     return state._replace(cache=state.cache._replace(cache=change(state.cache.cache)))
 
 

@@ -432,8 +432,7 @@ class Model:
     @property
     def copies(self) -> int:
         """Devices that each hold all of the model and decode a share of every batch."""
-        mesh = sharding.copies(self.params)
-        return 1 if mesh is None else mesh.size
+        return sharding.parts_of(sharding.copies(self.params))
 
     def _smaller(self, draft: "Model", decode: DecodeConfig) -> Small:
         """The draft model, as decoding takes it."""

@@ -76,7 +76,7 @@ def decode_rows(
     )
 
     mesh = sharding.copies(params)
-    parts = 1 if mesh is None else mesh.size
+    parts = sharding.parts_of(mesh)
     places = places_of(options, max(len(prompts) // parts, 1))  # of each device
     held = np.arange(parts * places) % len(prompts)
     waiting = list(range(len(held), len(prompts)))
@@ -132,7 +132,7 @@ def warm_rows(
 ) -> None:
     """Compile what `decode_rows` runs for more prompts than are decoded at once."""
     mesh = sharding.copies(params)
-    parts = 1 if mesh is None else mesh.size
+    parts = sharding.parts_of(mesh)
     places = places_of(options, options.batch_size)
     several = max(parts * places, 2)  # so many may begin alike
     for method, whole in blanks(config, tokenizer, several, length, options, parts):

@@ -147,6 +147,11 @@ def copies(params: Any) -> Mesh | None:
     return place.mesh if whole and isinstance(place.mesh, Mesh) else None
 
 
+def parts_of(mesh: Mesh | None) -> int:
+    """How many parts rows are cut into over such a mesh of copies, if there is one."""
+    return 1 if mesh is None else mesh.size
+
+
 def beside(params: Any, others: Any) -> Any:
     """`params` as they are if they are on the devices of `others`, else moved there, each whole."""
     mine, theirs = (jax.tree.leaves(each)[0].sharding for each in (params, others))

@@ -290,9 +290,8 @@ def test_a_draft_goes_where_the_model_is():
 def test_devices_with_more_places_than_prompts():
     made, prompts = model(), texts(3, 6)
     spread, ids = over(4, made), list(map(made.prompt, prompts))
-    looks = running.decode_rows(
-        made.config, spread._prepared, LETTERS, ids, 8, range(3), dataclasses.replace(SAMPLE)
-    )
+    known = made.config, spread._prepared, LETTERS
+    looks = running.decode_rows(*known, ids, 8, range(3), SAMPLE)
     found = {row: decoded.tokens[at] for rows, decoded in looks for at, row in enumerate(rows)}
     for i, text in enumerate(prompts):
         [h] = made.hypotheses([text], SAMPLE, first_row=i)[0].hypotheses

@@ -80,6 +80,11 @@ from jaxformer.generate import Request, _decode, advance, begin
 from jaxformer.method import method_of, numbers_of
 from jaxformer.nn.transformer import init, unstack
 
+def put(tree, place):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=place), tree
+    )
+
 def job_of(model, options, rows, taken, length):
     ids = SimpleNamespace(start_id=1, stop_ids=(2,), pad_id=0)
     prompt = Tokens(*[array(rows, taken)] * 3)
@@ -107,11 +112,6 @@ REFILL = (
 from jaxformer import running
 
 mesh = sharding.make_mesh(MeshConfig(), topology.devices)
-
-def put(tree, place):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=place), tree
-    )
 
 rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 params = put(
@@ -148,11 +148,7 @@ llama = dataclasses.replace(
     param_dtype="bfloat16", compute_dtype="bfloat16",
 )
 
-def on_chip(tree):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=chip), tree
-    )
-
+on_chip = partial(put, place=chip)
 params = on_chip(jax.eval_shape(
     lambda: unstack(sharding.nn.unbox(init(llama, jax.random.key(0))))
 ))
